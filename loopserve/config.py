@@ -1,0 +1,170 @@
+"""Every setting of the engine, with its default, its unit and the reason. Floor 0; the only room of `loopserve/` that reads the environment.
+
+The defaults of `PrefillSparsity` and `DecodeSparsity` are our answers to what the LoopServe paper (arXiv 2507.13681) leaves open.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Self, cast
+
+from loopserve.errors import ConfigError
+
+BLOCK_TOKENS = 16  # unit of allocation, sharing and offload; part of the prefix fingerprint
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSparsity:
+    """Phase 1: which lines a chunk of new rows computes, per query head."""
+
+    method: str = "lines"  # a row of `loopserve.sparsity.PREFILL_METHODS`
+    chunk_tokens: int = 512  # one selection covers this many new rows, counted from the turn's start, whatever the load
+    sampled_rows: int = 64  # rows whose dense weights choose the lines
+    row_sampling: str = "stratified"  # "stratified" | "random" | "last"; the last block is always in, but for "random"
+    heldout_rows: int = 16  # other rows, on which coverage is measured
+    alpha: float = 0.95  # share of the sampled weight that the lines must hold; 1.0: all lines
+    line_cover: str = "union"  # "union": verticals by residual mass | "separate": each kind covers alpha for itself
+    tile_tokens: int = 64  # a slash is a diagonal of tiles this wide
+    sink_tokens: int = 4  # first columns, always kept
+    local_tokens: int = 128  # diagonals of the last offsets, always kept
+    dense_last_rows: int = 16  # rows at the chunk's end that read everything
+    dense_head_share: float = 0.9  # a head whose lines cover more of its cells than this is computed dense, and counted
+    auto_min_context_tokens: int = 8192  # `auto` stays dense below; see benchmarks/crossover.py
+
+    def __post_init__(self) -> None:
+        _check(
+            self.chunk_tokens >= BLOCK_TOKENS,
+            f"prefill.chunk_tokens is {self.chunk_tokens}; at least {BLOCK_TOKENS} is needed",
+        )
+        _check(0.0 < self.alpha <= 1.0, f"prefill.alpha is {self.alpha}; it is a share in (0, 1]")
+        _check(
+            self.sampled_rows > 0 and self.heldout_rows >= 0,
+            "prefill.sampled_rows must be positive, heldout_rows not negative",
+        )
+        _check(
+            self.row_sampling in ("stratified", "random", "last"),
+            f"prefill.row_sampling {self.row_sampling!r} is unknown",
+        )
+        _check(self.line_cover in ("union", "separate"), f"prefill.line_cover {self.line_cover!r} is unknown")
+        _check(
+            self.tile_tokens > 0 and self.sink_tokens >= 0 and self.local_tokens >= 0,
+            "prefill token counts must not be negative",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSparsity:
+    """Phase 2: which cached tokens each head reads in decode, and when that is chosen again."""
+
+    method: str = "progressive"  # a row of `loopserve.sparsity.DECODE_METHODS`
+    budget_tokens: int = 1024  # B, chosen tokens per KV head; sinks and window come on top
+    budget_floor_tokens: int = 64  # nobody sets a lower ceiling
+    refresh_outputs: int = 16  # n_d
+    early_refreshes: tuple[int, ...] = (4, 8)  # the first choice is scored by prefill rows, so it is corrected early
+    scoring_rows: int = 16  # newest queries that score a choice
+    select_per: str = "kv_head"  # "kv_head": the group's scores summed | "query_head"
+    pooling_tokens: int = 7  # max-pool of scores over positions, odd; 1: off
+    sink_tokens: int = 4
+    window_tokens: int = 32  # newest tokens at the choice, always read, as is everything since
+    coverage_alpha: float | None = None  # keep only as many of the B as hold this share of the scored weight
+    dense_layers: tuple[int, ...] = ()  # layers that always read everything, in both phases
+    rectify: bool = True  # re-prefill the last answer with the next prompt if it was decoded sparse
+    auto_min_context_tokens: int = 8192  # `auto` stays dense below; see benchmarks/crossover.py
+
+    def __post_init__(self) -> None:
+        _check(self.budget_floor_tokens >= 1, "decode.budget_floor_tokens must be at least 1")
+        _check(
+            self.budget_tokens >= self.budget_floor_tokens,
+            f"decode.budget_tokens is {self.budget_tokens}, below the floor of {self.budget_floor_tokens}",
+        )
+        _check(
+            self.refresh_outputs > 0 and self.scoring_rows > 0,
+            "decode.refresh_outputs and scoring_rows must be positive",
+        )
+        _check(self.select_per in ("kv_head", "query_head"), f"decode.select_per {self.select_per!r} is unknown")
+        _check(self.pooling_tokens % 2 == 1, f"decode.pooling_tokens is {self.pooling_tokens}; an odd number is needed")
+        _check(
+            self.coverage_alpha is None or 0.0 < self.coverage_alpha <= 1.0,
+            "decode.coverage_alpha is a share in (0, 1]",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All of the engine. Immutable once built; what changes while running goes through `Engine.set_budget` and the like."""
+
+    model: str = ""  # hub id or directory; empty: the shipped model
+    dtype: str = "auto"  # "auto" | "float32" | "bfloat16" | "float16"
+    device: str = "auto"  # "auto" | "cpu" | "cuda" | "cuda:1" ...
+    max_session_tokens: int | None = None  # None: the model's own limit, or the pool's, whichever is less
+    kv_blocks: int | None = None  # size of the pool; None: from kv_memory_ratio
+    kv_memory_ratio: float = 0.5  # share of free device memory that the pool takes
+    kv_bytes_max: int = 2 << 30  # on a CPU the pool shares the machine with everything else
+    max_running_turns: int = 32
+    max_waiting_turns: int = 256
+    max_step_tokens: int = 1024  # rows of one forward; at least prefill.chunk_tokens
+    max_sessions: int = 4096  # idle sessions beyond this are forgotten, oldest first
+    max_branches: int = 8  # of one session; further ones push out the oldest idle one
+    reuse: bool = True  # off: every turn computes its whole conversation (for comparison only)
+    seed: int = 0  # of turns that bring none
+    prefill: PrefillSparsity = field(default_factory=PrefillSparsity)
+    decode: DecodeSparsity = field(default_factory=DecodeSparsity)
+    default_mode: str = "auto"
+    default_min_coverage: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            self.max_step_tokens >= self.prefill.chunk_tokens,
+            f"max_step_tokens is {self.max_step_tokens}, less than prefill.chunk_tokens ({self.prefill.chunk_tokens}): "
+            "no chunk would ever fit in a step",
+        )
+        for name in ("max_running_turns", "max_waiting_turns", "max_sessions", "max_branches"):
+            _check(getattr(self, name) >= 1, f"{name} must be at least 1")
+        _check(self.default_mode in ("auto", "sparse", "exact"), f"default_mode {self.default_mode!r} is unknown")
+        _check(0.0 < self.kv_memory_ratio <= 1.0, f"kv_memory_ratio is {self.kv_memory_ratio}; it is a share in (0, 1]")
+        _check(self.kv_blocks is None or self.kv_blocks >= 2, "kv_blocks must be at least 2: one is reserved")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Defaults, then `LOOPSERVE_ENGINE_<FIELD>` (nested: `LOOPSERVE_ENGINE_DECODE__BUDGET_TOKENS`, values as JSON or plain text), then
+        `overrides`. Raises ConfigError for an unknown or malformed setting."""
+        base = cls(**overrides)
+        for name, text in (os.environ if environ is None else environ).items():
+            if name.startswith(ENV_PREFIX):
+                path = name.removeprefix(ENV_PREFIX).lower().split("__")
+                if path[0] not in overrides:
+                    base = cast(Self, _with_setting(base, path, text, name))
+        return base
+
+
+ENV_PREFIX = "LOOPSERVE_ENGINE_"
+
+
+def _with_setting(record: Any, path: list[str], text: str, name: str) -> Any:
+    known = {f.name for f in fields(record)}
+    if path[0] not in known:
+        raise ConfigError(f"{name}: there is no setting {path[0]!r}; known: {', '.join(sorted(known))}")
+    current = getattr(record, path[0])
+    if is_dataclass(current):
+        if len(path) != 2:
+            raise ConfigError(f"{name}: {path[0]!r} is a group; name one of its settings after a double underscore")
+        return replace(record, **{path[0]: _with_setting(current, path[1:], text, name)})
+    if len(path) != 1:
+        raise ConfigError(f"{name}: {path[0]!r} is not a group")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if isinstance(current, str) and not isinstance(value, str):
+        value = text
+    if isinstance(current, bool) is not isinstance(value, bool) and current is not None:
+        raise ConfigError(f"{name}: {text!r} does not fit; the default is {current!r}")
+    if isinstance(current, int | float) and not isinstance(value, int | float):
+        raise ConfigError(f"{name}: {text!r} is not a number")
+    return replace(record, **{path[0]: tuple(value) if isinstance(value, list) else value})
