@@ -1,4 +1,6 @@
-"""Every setting of the engine, with its default, its unit and the reason. Floor 0; the only room of `loopserve/` that reads the environment.
+"""Every setting of the engine, with its default, its unit and the reason.
+
+Floor 0; with `kernels/dispatch.py` the only room of `loopserve/` that reads the environment.
 
 The defaults of `PrefillSparsity` and `DecodeSparsity` are our answers to what the LoopServe paper (arXiv 2507.13681) leaves open.
 """
@@ -108,7 +110,7 @@ class EngineConfig:
     kv_bytes_max: int = 2 << 30  # on a CPU the pool shares the machine with everything else
     max_running_turns: int = 32
     max_waiting_turns: int = 256
-    max_step_tokens: int = 1024  # rows of one forward; at least prefill.chunk_tokens
+    max_step_prefill_tokens: int = 1024  # prefill rows of one forward; decode rows come on top
     max_sessions: int = 4096  # idle sessions beyond this are forgotten, oldest first
     max_branches: int = 8  # of one session; further ones push out the oldest idle one
     reuse: bool = True  # off: every turn computes its whole conversation (for comparison only)
@@ -120,12 +122,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self.max_step_tokens >= self.prefill.chunk_tokens,
-            f"max_step_tokens is {self.max_step_tokens}, less than prefill.chunk_tokens ({self.prefill.chunk_tokens}): "
+            self.max_step_prefill_tokens >= self.prefill.chunk_tokens,
+            f"max_step_prefill_tokens is {self.max_step_prefill_tokens}, less than prefill.chunk_tokens ({self.prefill.chunk_tokens}): "
             "no chunk would ever fit in a step",
         )
         for name in ("max_running_turns", "max_waiting_turns", "max_sessions", "max_branches"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1")
+        _check(self.max_sessions > self.max_running_turns, "max_sessions must exceed max_running_turns")
         _check(self.default_mode in ("auto", "sparse", "exact"), f"default_mode {self.default_mode!r} is unknown")
         _check(0.0 < self.kv_memory_ratio <= 1.0, f"kv_memory_ratio is {self.kv_memory_ratio}; it is a share in (0, 1]")
         _check(self.kv_blocks is None or self.kv_blocks >= 2, "kv_blocks must be at least 2: one is reserved")

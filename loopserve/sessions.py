@@ -1,0 +1,273 @@
+"""Sessions and their branches: what each conversation's history is, and which KV of it is still there. Host only.
+
+Owns the session clock. A session holds one branch per continuation that a client may come back to; a branch is a token history
+and a block table. An idle branch's blocks are *warm*: they wait for the next turn and are given up, least recently used first,
+when the pool runs out; the history stays, so the KV can always be computed again. Knows nothing about turns, but for the id of
+the one that a branch is busy with.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from loopserve.config import BLOCK_TOKENS
+from loopserve.dialogue import SessionId, TokenId, TurnId
+from loopserve.errors import InvalidRequest, NotFound
+from loopserve.kv.cache import BlockTable, KVCache
+from loopserve.stats import Occupancy
+
+_COMPARE_TOKENS = 512  # list slices compare in C; one difference then costs at most this many Python steps
+
+
+@dataclass(slots=True)
+class Branch:
+    """One continuation of a session. `token_ids[:table.num_tokens]` is what its KV holds."""
+
+    table: BlockTable
+    token_ids: list[TokenId] = field(default_factory=list)
+    busy: TurnId | None = None
+    sparse_from: int | None = None  # where the last answer's sparsely decoded tokens begin, until rectified
+    last_used_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Session:
+    """One conversation."""
+
+    session_id: SessionId
+    salt: str
+    last_used_s: float
+    branches: list[Branch] = field(default_factory=list)
+    num_turns: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a turn of it is in the batch."""
+        return any(branch.busy is not None for branch in self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What a user may see of a session. Tokens are those of its longest branch."""
+
+    session_id: SessionId
+    num_tokens: int
+    num_cached_tokens: int
+    num_branches: int
+    num_turns: int
+    is_active: bool
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A branch made ready for a turn: its first `branch.table.num_tokens` prompt tokens need not be computed.
+
+    `rectified_tokens` were there, but are computed again because sparse decoding wrote them.
+    """
+
+    branch: Branch
+    rectified_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    branch: Branch | None  # None: the prefix index
+    reusable_tokens: int
+    rectified_tokens: int = 0
+
+
+class SessionTable:
+    """All sessions of one engine. Not thread-safe: it belongs to the engine thread."""
+
+    def __init__(
+        self, cache: KVCache, *, max_sessions: int, max_branches: int, reuse: bool, clock: Callable[[], float]
+    ) -> None:
+        self._cache = cache
+        self._max_sessions = max_sessions
+        self._max_branches = max_branches
+        self._reuse = reuse
+        self._clock = clock
+        self._sessions: OrderedDict[SessionId, Session] = OrderedDict()  # least recently used first
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions.values())
+
+    def get(self, session_id: SessionId) -> Session:
+        """The session. Raises NotFound."""
+        try:
+            return self._sessions[session_id]
+        except KeyError:
+            raise NotFound(f"There is no session {session_id!r} on this replica.", param="session_id") from None
+
+    def open(self, session_id: SessionId, *, salt: str) -> Session:
+        """The session, made if it is new. Raises InvalidRequest when it belongs to another cache salt."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            self._drop_oldest_idle()
+            session = Session(session_id=session_id, salt=salt, last_used_s=self._clock())
+            self._sessions[session_id] = session
+        elif session.salt != salt:
+            raise InvalidRequest(f"Session {session_id!r} belongs to another cache salt.", param="session_id")
+        self._sessions.move_to_end(session_id)
+        return session
+
+    def lease(
+        self, session: Session, prompt_ids: Sequence[TokenId], turn_id: TurnId, *, exact: bool, rectify: bool
+    ) -> Lease:
+        """A branch for a turn with this prompt, holding as much of its KV as can be reused; busy until `give_back`.
+
+        At least the prompt's last token is left to compute: the first output is drawn from its row. `exact` reuses exact KV
+        only. A branch that the prompt continues (but for a tail shorter than a block) is continued in place; otherwise the
+        turn gets a branch of its own and what it leaves stays as it was.
+        """
+        best = max(
+            self._candidates(session, prompt_ids, exact=exact, rectify=rectify),
+            key=lambda candidate: candidate.reusable_tokens,
+            default=_Candidate(None, 0),
+        )
+        continued = self._continued(session, prompt_ids)
+        if continued is not None and continued is best.branch:
+            if not self._cache.truncate(continued.table, best.reusable_tokens):
+                full_tokens = best.reusable_tokens // BLOCK_TOKENS * BLOCK_TOKENS
+                self._cache.truncate(continued.table, full_tokens)  # at a block's edge it needs no block
+            branch = continued
+        else:
+            table = self._table_for(session, best, prompt_ids)
+            if continued is not None:
+                self._cache.free(continued.table)
+                continued.table = table
+            branch = continued or self._new_branch(session, table)
+        branch.busy = turn_id
+        branch.token_ids = list(prompt_ids)
+        branch.sparse_from = None
+        session.last_used_s = branch.last_used_s = self._clock()
+        return Lease(branch, best.rectified_tokens)
+
+    def give_back(self, session: Session, branch: Branch) -> None:
+        """The branch's turn is over: its blocks become warm."""
+        branch.busy = None
+        session.last_used_s = branch.last_used_s = self._clock()
+        if branch.table.num_tokens == 0 and branch in session.branches and len(session.branches) > 1:
+            session.branches.remove(branch)
+
+    def evict_one(self) -> bool:
+        """Give up the warm blocks of the branch that has been idle longest. False when no idle branch holds any."""
+        idle = [b for s in self._sessions.values() for b in s.branches if b.busy is None and b.table.blocks]
+        if not idle:
+            return False
+        self._cache.free(min(idle, key=lambda branch: branch.last_used_s).table)
+        return True
+
+    def release(self, session_id: SessionId) -> None:
+        """Forget a session and its KV. Raises NotFound. No turn of it may be in the batch."""
+        session = self.get(session_id)
+        assert not session.is_active, "turns must end before their session is released"
+        self._forget(session)
+
+    def info(self, session: Session) -> SessionInfo:
+        """What a user may see of the session."""
+        return SessionInfo(
+            session_id=session.session_id,
+            num_tokens=max((len(b.token_ids) for b in session.branches), default=0),
+            num_cached_tokens=max((b.table.num_tokens for b in session.branches), default=0),
+            num_branches=len(session.branches),
+            num_turns=session.num_turns,
+            is_active=session.is_active,
+            idle_s=0.0 if session.is_active else self._clock() - session.last_used_s,
+        )
+
+    def occupancy(self) -> Occupancy:
+        """Blocks by kind, counted now: linear in the blocks held."""
+        holders: dict[int, set[SessionId]] = {}
+        active_blocks: set[int] = set()
+        for session in self._sessions.values():
+            for branch in session.branches:
+                for block in branch.table.blocks:
+                    holders.setdefault(block, set()).add(session.session_id)
+                if branch.busy is not None:
+                    active_blocks.update(branch.table.blocks)
+        shared = {block for block, ids in holders.items() if len(ids) > 1}
+        pool = self._cache.pool
+        return Occupancy(
+            total=pool.num_usable,
+            active=len(active_blocks - shared),
+            warm=len(holders.keys() - shared - active_blocks),
+            shared=len(shared),
+            cached=pool.num_kept,
+            free=pool.num_free - pool.num_kept,
+        )
+
+    def _candidates(
+        self, session: Session, prompt_ids: Sequence[TokenId], *, exact: bool, rectify: bool
+    ) -> Iterator[_Candidate]:
+        if not self._reuse:
+            return
+        most = len(prompt_ids) - 1
+        for branch in session.branches:
+            usable = min(common_prefix_len(branch.token_ids, prompt_ids), branch.table.num_tokens, most)
+            if exact:
+                yield _Candidate(branch, min(usable, branch.table.exact_tokens))
+            elif rectify and branch.sparse_from is not None and branch.sparse_from < usable:
+                yield _Candidate(branch, branch.sparse_from, usable - branch.sparse_from)
+            else:
+                yield _Candidate(branch, usable)
+        indexed = self._cache.match(prompt_ids, session.salt, max_tokens=most)
+        yield _Candidate(None, indexed.num_tokens)
+        self._cache.free(indexed)  # looked up again if it wins: nothing is allocated in between
+
+    def _continued(self, session: Session, prompt_ids: Sequence[TokenId]) -> Branch | None:
+        def lost_tokens(branch: Branch) -> int:
+            return len(branch.token_ids) - common_prefix_len(branch.token_ids, prompt_ids)
+
+        idle = [b for b in session.branches if b.busy is None and lost_tokens(b) < BLOCK_TOKENS]
+        return max(idle, key=lambda b: len(b.token_ids), default=None)
+
+    def _table_for(self, session: Session, best: _Candidate, prompt_ids: Sequence[TokenId]) -> BlockTable:
+        if best.reusable_tokens == 0:
+            return self._cache.open(session.salt)
+        if best.branch is None:
+            return self._cache.match(prompt_ids, session.salt, max_tokens=len(prompt_ids) - 1)
+        table = self._cache.fork(best.branch.table, best.reusable_tokens)
+        if table is None:  # no block for the copy of the part block: share the full ones
+            full_tokens = best.reusable_tokens // BLOCK_TOKENS * BLOCK_TOKENS
+            table = self._cache.fork(best.branch.table, full_tokens)
+        assert table is not None, "forking at a block's edge needs no block"
+        return table
+
+    def _new_branch(self, session: Session, table: BlockTable) -> Branch:
+        branch = Branch(table=table)
+        session.branches.append(branch)
+        self._drop_surplus_branches(session, keep=branch)
+        return branch
+
+    def _drop_surplus_branches(self, session: Session, *, keep: Branch) -> None:
+        idle = [b for b in session.branches if b.busy is None and b is not keep]
+        surplus = len(session.branches) - self._max_branches
+        for branch in sorted(idle, key=lambda b: b.last_used_s)[: max(0, surplus)]:
+            self._cache.free(branch.table)
+            session.branches.remove(branch)
+
+    def _drop_oldest_idle(self) -> None:
+        if len(self._sessions) < self._max_sessions:
+            return
+        # Every active session has a running turn, and these are fewer than max_sessions: an idle one is found.
+        for session in self._sessions.values():
+            if not session.is_active:
+                self._forget(session)
+                return
+
+    def _forget(self, session: Session) -> None:
+        for branch in session.branches:
+            self._cache.free(branch.table)
+        del self._sessions[session.session_id]
+
+
+def common_prefix_len(left: Sequence[TokenId], right: Sequence[TokenId]) -> int:
+    """How many leading tokens agree."""
+    shortest = min(len(left), len(right))
+    for start in range(0, shortest, _COMPARE_TOKENS):
+        end = min(start + _COMPARE_TOKENS, shortest)
+        if list(left[start:end]) != list(right[start:end]):
+            return next(i for i in range(start, end) if left[i] != right[i])
+    return shortest
