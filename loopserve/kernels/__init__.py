@@ -1,0 +1,16 @@
+"""The five operations on a KV pool that a step runs, one folder each: contract, reference and, where it exists, a kernel.
+
+Knows nothing about sessions, turns or sparsity methods: an operation is told which slots and cells to read. Hop 8 of the turn.
+
+Letters used by all contracts: S slots of a pool, T new tokens, N cached tokens of one segment, R or r query rows, W scoring
+rows, H query heads, Hkv KV heads, G = H // Hkv query heads of one KV head, D head dim. A pool is `[S, Hkv, D]` and holds one
+layer; slot = block * BLOCK_TOKENS + offset. Query head h reads KV head h // G.
+"""
+
+from loopserve.kernels.line_scores import line_scores
+from loopserve.kernels.paged_decode import paged_decode
+from loopserve.kernels.sparse_prefill import sparse_prefill
+from loopserve.kernels.store_kv import store_kv
+from loopserve.kernels.token_scores import token_scores
+
+__all__ = ["line_scores", "paged_decode", "sparse_prefill", "store_kv", "token_scores"]

@@ -1,0 +1,25 @@
+"""`line_scores` in plain torch, one KV head at a time: the largest intermediate is [G, R, N], never [H, R, N]."""
+
+import torch
+from torch import Tensor
+
+from loopserve.kernels.pool import gather_head
+
+
+def line_scores(
+    query: Tensor, key_pool: Tensor, slots: Tensor, positions: Tensor, *, groups: Tensor, num_groups: int, scale: float
+) -> Tensor:
+    """See the contract in `loopserve.kernels.line_scores`."""
+    num_heads, num_kv_heads, num_columns = query.shape[1], key_pool.shape[1], slots.shape[0]
+    group = num_heads // num_kv_heads
+    scores = query.new_zeros((num_heads, num_groups, num_columns), dtype=torch.float32)
+    if query.shape[0] == 0 or num_columns == 0:
+        return scores
+    future = torch.arange(num_columns, device=slots.device) > positions[:, None]  # [R, N]
+    for kv_head in range(num_kv_heads):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        rows = query[:, heads].transpose(0, 1).float()  # [G, R, D]
+        keys = gather_head(key_pool, slots, head=kv_head).float()  # [N, D]
+        weights = torch.softmax((rows @ keys.T).mul_(scale).masked_fill_(future, float("-inf")), dim=-1)  # [G, R, N]
+        scores[heads].index_add_(1, groups, weights)
+    return scores
