@@ -1,0 +1,51 @@
+# LoopServe from a checkout: pip and a virtual environment, nothing else. `make` alone explains itself.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/set-up.stamp
+
+# Passed on to `loopserve serve` where they are set, here or in the environment.
+SERVE_FLAGS = $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(if $(REPLICAS),--replicas "$(REPLICAS)") \
+              $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device "$(DEVICE)")
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve test test-slow constraints clean
+
+help: ## this list
+	@echo "make TARGET [NAME=value ...]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "serve reads HOST (127.0.0.1), PORT (8000), REPLICAS (1), MODEL (hub id or directory; the shipped model), DEVICE (auto)."
+	@echo "Set-up reads PYTHON (python3, 3.11 or newer) and pip's own environment variables."
+
+serve: $(STAMP) ## set up if needed, then serve at http://127.0.0.1:8000
+	@exec $(BIN)/loopserve serve $(SERVE_FLAGS)
+
+test: $(STAMP) ## set up if needed, then lint, types and tests
+	@echo "ruff check";          $(BIN)/ruff check .
+	@echo "ruff format --check"; $(BIN)/ruff format --check .
+	@echo "mypy --strict";       $(BIN)/mypy
+	@echo "pytest";              $(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## the tests that take longer than a minute each
+	@$(BIN)/python -m pytest -m slow
+
+constraints: $(STAMP) ## resolve constraints.txt again from pyproject.toml
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/uv pip compile --quiet --universal --upgrade --extra test --no-header --no-annotate --no-emit-index-url \
+		--output-file constraints.txt pyproject.toml
+
+clean: ## remove the virtual environment and every cache
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp comes last, so that a set-up that failed half-way is tried again.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; choose one with make PYTHON=...")'
+	@echo "Setting up $(VENV) (the first time this fetches PyTorch and Ray: some minutes)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+	@echo "Set-up done"
