@@ -1,0 +1,256 @@
+"""The affinity decision: live replicas and one conversation in, a ranking of all of them and the reason out. Pure, clock injected.
+
+Hop 2 of a turn. Knows nothing about Ray, HTTP or the engine; imports nothing of `loopserve`. The order of preference:
+
+    1 address      the caller names the replica (administration, hand-off)
+    2 owner        a replica that publishes the conversation; the newest claim wins
+    3 memo         where this router itself sent it a moment ago (published state is about a second old)
+    4 home         rendezvous hashing over the live replicas: every router computes the same without talking
+      spill        ... unless the home of a NEW conversation is loaded over its peers
+
+A conversation that is resident somewhere (2, 3) stays, unless waiting there costs more than moving it (`moved`).
+Every ranking holds all replicas, so that a dead first choice falls to the next at once.
+"""
+
+import math
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import blake2b
+from typing import Any, NewType
+
+ReplicaName = NewType("ReplicaName", str)  # unique id of one replica's life
+ShortKey = NewType(
+    "ShortKey", int
+)  # first 32 bits of a ConversationKey; only ever decides a placement, never whose KV is used
+
+_CLAIM = struct.Struct("<II")  # short key, unix seconds of last use: 8 bytes a conversation in every stats broadcast
+
+
+class Reason(StrEnum):
+    """Why the first replica of a ranking is first."""
+
+    ADDRESS = "address"
+    OWNER = "owner"
+    MEMO = "memo"
+    HOME = "home"
+    SPILL = "spill"  # new conversation, home loaded
+    MOVED = "moved"  # resident conversation, waiting costs more than moving
+    UNROUTABLE = "unroutable"  # the named address is not alive, or nothing is
+
+
+@dataclass(frozen=True, slots=True)
+class AffinityKey:
+    """What a router knows of a request. `encode_affinity` makes it a string that travels as the handle's `session_id`."""
+
+    home: str  # key of its home
+    resident: tuple[str, ...] = ()  # keys under which a replica may publish it; empty: a new conversation
+    prompt_tokens: int = 0  # rough size of what a move would compute again
+    avoid: str = ""  # replica that has just failed this request: ranked last
+    address: str = ""  # replica that must take it, or nobody
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What one replica publishes about itself, decoded."""
+
+    running: int = 0
+    waiting: int = 0
+    queue_s: float = 0.0  # seconds a new turn would wait there now
+    prefill_s_per_token: float = 0.0  # measured; 0 until known
+    accepting: bool = True  # false: engine dead or draining
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One live replica as this router sees it. `in_flight`: what this very router has sent there and not yet seen end."""
+
+    name: ReplicaName
+    load: ReplicaLoad = ReplicaLoad()
+    in_flight: int = 0
+
+    @property
+    def turns(self) -> int:
+        """Turns there now: the published number, or ours where that is newer and higher."""
+        return max(self.load.running + self.load.waiting, self.in_flight)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """All live replicas, best first, and why the first one is first."""
+
+    replicas: tuple[ReplicaName, ...]
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class AffinitySettings:
+    """Thresholds of the decision."""
+
+    spill_turns: int = 4  # a new conversation leaves a home with this many turns more than the least loaded replica
+    move_cost_factor: float = (
+        1.5  # moving pays when it saves this many times its cost: estimates are noisy, moves are not free for others
+    )
+    move_wait_s_min: float = 1.0  # waits below this never move a conversation
+    memo_s: float = 10.0  # longer than published state is ever late
+    memo_max: int = 50_000
+
+    def __post_init__(self) -> None:
+        if self.spill_turns < 1 or self.memo_max < 1 or self.memo_s < 0:
+            raise ValueError("spill_turns and memo_max must be at least 1, memo_s not negative")
+
+
+def short_key(key: str) -> ShortKey:
+    """32 bits of a key, for published tables and lookups in them."""
+    return ShortKey(int.from_bytes(blake2b(key.encode(), digest_size=4).digest(), "little"))
+
+
+def rendezvous(key: str, replicas: Sequence[ReplicaName]) -> tuple[ReplicaName, ...]:
+    """All replicas by falling weight for `key`, whatever their order (highest random weight, Thaler and Ravishankar 1998).
+
+    A replica that leaves or joins moves only the keys that it ranks first.
+    """
+    return tuple(
+        sorted(
+            replicas, key=lambda name: (blake2b(f"{key}|{name}".encode(), digest_size=8).digest(), name), reverse=True
+        )
+    )
+
+
+def pack_claims(claims: Sequence[tuple[str, float]], *, limit: int) -> bytes:
+    """Published form of the conversations that a replica holds: (key, unix seconds of last use), newest first, cut at `limit`."""
+    newest = sorted(claims, key=lambda claim: claim[1], reverse=True)[:limit]
+    return b"".join(_CLAIM.pack(short_key(key), min(max(int(used), 0), 0xFFFFFFFF)) for key, used in newest)
+
+
+def load_from_stats(stats: Mapping[str, Any]) -> ReplicaLoad:
+    """Decode published stats; a replica that has not published yet counts as idle."""
+    return ReplicaLoad(
+        running=int(stats.get("running", 0)),
+        waiting=int(stats.get("waiting", 0)),
+        queue_s=float(stats.get("queue_s", 0.0)),
+        prefill_s_per_token=float(stats.get("prefill_s_per_token", 0.0)),
+        accepting=bool(stats.get("accepting", True)),
+    )
+
+
+def owners(published: Mapping[ReplicaName, bytes]) -> dict[ShortKey, ReplicaName]:
+    """Who holds what, from the packed claims of all replicas. Of two claims the newest use wins, then the greater name."""
+    newest: dict[ShortKey, tuple[int, ReplicaName]] = {}
+    for name, packed in published.items():
+        for key, used in _CLAIM.iter_unpack(packed[: len(packed) - len(packed) % _CLAIM.size]):
+            claim = (used, name)
+            if claim > newest.get(key, (-1, ReplicaName(""))):
+                newest[key] = claim
+    return {key: name for key, (_, name) in newest.items()}
+
+
+def encode_affinity(key: AffinityKey) -> str:
+    """The key as one string without spaces; `decode_affinity` is its inverse."""
+    if key.address:
+        return f"@{key.address}"
+    return ";".join(("v1", key.home, ",".join(key.resident), str(key.prompt_tokens), key.avoid))
+
+
+def decode_affinity(text: str) -> AffinityKey:
+    """Read what `encode_affinity` wrote; any other text is taken as a plain session name, home and resident key at once."""
+    if text.startswith("@"):
+        return AffinityKey(home="", address=text[1:])
+    parts = text.split(";")
+    if len(parts) == 5 and parts[0] == "v1" and parts[3].isdigit():
+        return AffinityKey(
+            home=parts[1],
+            resident=tuple(filter(None, parts[2].split(","))),
+            prompt_tokens=int(parts[3]),
+            avoid=parts[4],
+        )
+    return AffinityKey(home=text, resident=(text,))
+
+
+class Affinity:
+    """One router's decision with its memory: who owns what, and where it sent conversations itself. Not thread-safe."""
+
+    def __init__(self, settings: AffinitySettings, *, clock: Callable[[], float]) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._owners: Mapping[ShortKey, ReplicaName] = {}
+        self._memo: OrderedDict[str, tuple[ReplicaName, float]] = OrderedDict()
+
+    def publish(self, packed: Mapping[ReplicaName, bytes]) -> None:
+        """Replace what is known of owners by the newest published claims of all replicas."""
+        self._owners = owners(packed)
+
+    def remember(self, key: AffinityKey, replica: ReplicaName) -> None:
+        """Note that this router sent a conversation to `replica`; the oldest notes go beyond the limit."""
+        now = self._clock()
+        for resident in key.resident:
+            self._memo[resident] = (replica, now)
+            self._memo.move_to_end(resident)
+        while len(self._memo) > self._settings.memo_max:
+            self._memo.popitem(last=False)
+
+    def rank(self, key: AffinityKey, replicas: Sequence[ReplicaView]) -> Ranking:
+        """Rank all live replicas for one request; changes nothing."""
+        by_name = {view.name: view for view in replicas}
+        if key.address:
+            name = ReplicaName(key.address)
+            return Ranking((name,), Reason.ADDRESS) if name in by_name else Ranking((), Reason.UNROUTABLE)
+        if not by_name:
+            return Ranking((), Reason.UNROUTABLE)
+        order = rendezvous(key.home, list(by_name))
+        usable = [by_name[name] for name in order if by_name[name].load.accepting and name != key.avoid]
+        if not usable:
+            return Ranking(order, Reason.HOME)
+        first, reason = self._first_choice(key, usable)
+        rest = [view.name for view in usable if view.name != first]
+        last = [name for name in order if name not in {view.name for view in usable}]
+        return Ranking((first, *rest, *last), reason)
+
+    def _first_choice(self, key: AffinityKey, usable: Sequence[ReplicaView]) -> tuple[ReplicaName, Reason]:
+        holder, reason = self._holder(key, {view.name for view in usable})
+        if holder is None:
+            return _new_home(usable, self._settings)
+        view = next(view for view in usable if view.name == holder)
+        target = _cheaper_place(view, usable, key.prompt_tokens, self._settings)
+        return (target, Reason.MOVED) if target is not None else (holder, reason)
+
+    def _holder(self, key: AffinityKey, usable: set[ReplicaName]) -> tuple[ReplicaName | None, Reason]:
+        for resident in key.resident:
+            owner = self._owners.get(short_key(resident))
+            if owner in usable:
+                return owner, Reason.OWNER
+        oldest = self._clock() - self._settings.memo_s
+        for resident in key.resident:
+            name, sent = self._memo.get(resident, (None, -math.inf))
+            if name in usable and sent >= oldest:
+                return name, Reason.MEMO
+        return None, Reason.HOME
+
+
+def _new_home(usable: Sequence[ReplicaView], settings: AffinitySettings) -> tuple[ReplicaName, Reason]:
+    """First replica in rendezvous order that is not loaded over the least loaded one by the margin; there always is one."""
+    least = min(view.turns for view in usable)
+    for view in usable:
+        if view.turns < least + settings.spill_turns:
+            return view.name, Reason.HOME if view is usable[0] else Reason.SPILL
+    raise AssertionError("the least loaded replica is below its own load plus a positive margin")
+
+
+def _cheaper_place(
+    holder: ReplicaView, usable: Sequence[ReplicaView], prompt_tokens: int, settings: AffinitySettings
+) -> ReplicaName | None:
+    """Where a resident conversation is answered sooner although its KV must be computed again; None: it stays."""
+    if holder.load.queue_s < settings.move_wait_s_min:
+        return None
+    known = [view.load.prefill_s_per_token for view in usable if view.load.prefill_s_per_token > 0]
+    if not known:
+        return None  # nobody has measured what a move costs
+    others = [view for view in usable if view.name != holder.name]
+    if not others:
+        return None
+    best = min(others, key=lambda view: view.load.queue_s)  # rendezvous order breaks ties, the same for all routers
+    refill_s = prompt_tokens * (best.load.prefill_s_per_token or max(known))
+    saved_s = holder.load.queue_s - best.load.queue_s
+    return best.name if saved_s > settings.move_cost_factor * refill_s and saved_s >= settings.move_wait_s_min else None
