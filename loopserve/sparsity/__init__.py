@@ -1,0 +1,37 @@
+"""Which tokens a kernel reads: line selections in prefill, token selections in decode. It never moves bytes. Hop 8 of the turn.
+
+Knows nothing about sessions, blocks or models. A new method is one file and one row in a table below.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from loopserve.sparsity.a_shape import AShape
+from loopserve.sparsity.decode import DecodeMethod, TokenChoice, TurnSelection
+from loopserve.sparsity.first_block import FirstBlock
+from loopserve.sparsity.grid import LineSelection, TileGrid
+from loopserve.sparsity.lines import Lines
+from loopserve.sparsity.prefill import PrefillMethod, PrefillOutcome, attend
+from loopserve.sparsity.progressive import Progressive
+from loopserve.sparsity.rows import RowSample, sample_rows
+from loopserve.sparsity.streaming import Streaming
+
+PREFILL_METHODS: Mapping[str, PrefillMethod] = MappingProxyType({"lines": Lines(), "a_shape": AShape()})
+DECODE_METHODS: Mapping[str, DecodeMethod] = MappingProxyType(
+    {"progressive": Progressive(), "first_block": FirstBlock(), "streaming": Streaming()}
+)
+
+__all__ = [
+    "DECODE_METHODS",
+    "PREFILL_METHODS",
+    "DecodeMethod",
+    "LineSelection",
+    "PrefillMethod",
+    "PrefillOutcome",
+    "RowSample",
+    "TileGrid",
+    "TokenChoice",
+    "TurnSelection",
+    "attend",
+    "sample_rows",
+]

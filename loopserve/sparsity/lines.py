@@ -1,0 +1,94 @@
+"""The "lines" prefill method: slash tiles and vertical columns per query head, until they hold a share alpha of the sampled weight.
+
+Source: phase 1 of arXiv 2507.13681, which adds lines greedily until their union holds alpha; choosing the least lines is a set
+cover. A greedy that goes line by line cannot run on a device, so the union is reached in three batched steps (`_union`).
+"""
+
+import torch
+from torch import Tensor
+
+from loopserve.config import PrefillSparsity
+from loopserve.sparsity.grid import LineSelection, TileGrid, local_diagonals
+
+
+class Lines:
+    """Slash tiles by gain per computed cell, then verticals by the weight that no chosen tile holds."""
+
+    reads_mass = True
+
+    def choose(
+        self, mass: Tensor, *, start: int, num_rows: int, alpha: float, config: PrefillSparsity
+    ) -> LineSelection:
+        """See `PrefillMethod.choose`. Synchronises with the host once, for C, the largest number of columns of any head."""
+        grid = TileGrid(start, num_rows, config.tile_tokens)
+        num_heads, device = mass.shape[0], mass.device
+        if alpha >= 1.0:
+            every = torch.ones((num_heads, grid.num_diagonals), dtype=torch.bool, device=device)
+            none = torch.zeros(num_heads, dtype=torch.int64, device=device)
+            return LineSelection(every, none[:, None][:, :0], none)
+        num_sinks = min(config.sink_tokens, grid.num_columns)
+        local = local_diagonals(grid, config.local_tokens, device)
+        cover = _separate if config.line_cover == "separate" else _union
+        return cover(mass, grid, alpha=alpha, num_sinks=num_sinks, local=local)
+
+
+def _union(mass: Tensor, grid: TileGrid, *, alpha: float, num_sinks: int, local: Tensor) -> LineSelection:
+    """Tiles and columns that hold alpha of each head's weight together.
+
+    1. tau: the weight of the last column needed if columns alone, heaviest first, had to hold alpha.
+    2. Tile-diagonals, local ones first, then by weight for each column's worth of computed cells, as long as that is at least tau
+       (such a tile is no worse than the columns it replaces) and alpha is not yet held.
+    3. Columns by the weight that no chosen tile holds, heaviest first, until tiles and columns together hold alpha.
+    """
+    target = alpha * mass.sum(dim=(1, 2))  # [H]
+    by_weight = mass.sum(dim=1).sort(dim=1, descending=True).values  # [H, N]
+    tau = by_weight.gather(1, (_num_until(by_weight, target) - 1).clamp(min=0)[:, None])  # [H, 1]
+    tiles = _best_tiles(mass, grid, target=target, local=local, least_gain=tau)
+    outside = _outside(mass, tiles, grid)
+    return _with_columns(outside, target - (mass.sum(dim=(1, 2)) - outside.sum(dim=1)), tiles, num_sinks)
+
+
+def _separate(mass: Tensor, grid: TileGrid, *, alpha: float, num_sinks: int, local: Tensor) -> LineSelection:
+    """Tiles that hold alpha of each head's weight, and columns that hold alpha too: the rule of arXiv 2502.20766, to compare."""
+    target = alpha * mass.sum(dim=(1, 2))
+    tiles = _best_tiles(mass, grid, target=target, local=local, least_gain=torch.zeros_like(target)[:, None])
+    return _with_columns(mass.sum(dim=1), target, tiles, num_sinks)
+
+
+def _best_tiles(mass: Tensor, grid: TileGrid, *, target: Tensor, local: Tensor, least_gain: Tensor) -> Tensor:
+    """Tile-diagonals, local first, then by gain down to `least_gain` [H, 1], until they hold `target` [H]; bool [H, T].
+
+    Gain is a diagonal's weight for each column's worth (num_rows) of cells it computes, so that it compares with a column's weight.
+    """
+    weight = grid.along_diagonals(grid.tile_mass(mass))  # [H, T]
+    gain = weight * grid.num_rows / grid.along_diagonals(grid.tile_cells(mass.device))
+    order = gain.masked_fill(local, torch.inf).argsort(dim=1, descending=True)
+    num_needed = _num_until(weight.gather(1, order), target)
+    needed = torch.arange(grid.num_diagonals, device=mass.device) < num_needed[:, None]
+    return local | (torch.zeros_like(needed).scatter_(1, order, needed) & (gain >= least_gain))
+
+
+def _outside(mass: Tensor, tiles: Tensor, grid: TileGrid) -> Tensor:
+    """Weight of each column that no chosen tile holds, [H, N]."""
+    diagonal = grid.diagonal(mass.device).clamp(min=0)  # the future carries no weight, so its clamp does not matter
+    key_tile = grid.key_tile(torch.arange(grid.num_columns, device=mass.device))
+    outside = torch.zeros_like(mass[:, 0])
+    for query_tile in range(grid.num_query_tiles):  # one [H, N] at a time, not [H, Q, N]
+        outside += mass[:, query_tile].masked_fill(tiles[:, diagonal[query_tile, key_tile]], 0.0)
+    return outside
+
+
+def _with_columns(weight: Tensor, missing: Tensor, tiles: Tensor, num_sinks: int) -> LineSelection:
+    """Add the sinks, then columns by `weight` [H, N], heaviest first, until `missing` [H] is held."""
+    rank = weight.clone()
+    rank[:, :num_sinks] = torch.inf
+    columns = rank.argsort(dim=1, descending=True)
+    counts = _num_until(weight.gather(1, columns), missing).clamp(min=num_sinks)
+    return LineSelection(tiles, columns[:, : int(counts.max())], counts)
+
+
+def _num_until(weights: Tensor, target: Tensor) -> Tensor:
+    """How many leading entries of `weights` [H, X] it takes until their sum reaches `target` [H], int64 [H]; at most X."""
+    # Summed in float64: over tens of thousands of columns the rounding of a float32 running sum would decide the count.
+    before = weights.double().cumsum(dim=1) - weights
+    return (before < target[:, None]).sum(dim=1)

@@ -1,0 +1,134 @@
+"""Phase 1 of one segment in one layer: sample rows, choose lines, measure them on other rows, attend. Hop 8 of the turn.
+
+Owns the order of these steps and the fallback to dense heads. Knows nothing about how a method chooses (`lines.py`, `a_shape.py`) nor
+about models and sessions. Source: phase 1 of arXiv 2507.13681.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loopserve.config import PrefillSparsity
+from loopserve.kernels import line_scores, sparse_prefill
+from loopserve.plan import SparsePrefill
+from loopserve.sparsity.grid import LineSelection, TileGrid
+from loopserve.sparsity.rows import RowSample, sample_rows
+
+
+class PrefillMethod(Protocol):
+    """A way to choose lines; stateless."""
+
+    @property
+    def reads_mass(self) -> bool:
+        """Whether the choice depends on the sampled weights; if not, no rows are scored for it."""
+
+    def choose(
+        self, mass: Tensor, *, start: int, num_rows: int, alpha: float, config: PrefillSparsity
+    ) -> LineSelection:
+        """Lines of each head from `mass`, float32 [H, Q, N]: the sampled rows' dense weights, summed per query tile.
+
+        The chunk's `num_rows` rows begin at position `start`; N = start + num_rows. `alpha` (0 to 1] is the share of the sampled
+        weight to hold; 1.0 chooses every tile.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutcome:
+    """What one segment computed in one layer. Tensors stay on the device; nothing here waits for it."""
+
+    output: Tensor  # [r, H, D]
+    coverage: Tensor | None  # float32 [H], dense weight held by the attention that ran; None: the chunk held no row out
+    cells_computed: Tensor  # int64 scalar, causal cells read, summed over heads
+    cells_total: int  # causal cells of dense attention, summed over heads
+    dense_heads: Tensor  # int64 scalar, heads that fell back to dense
+
+
+def attend(
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    slots: Tensor,
+    *,
+    start: int,
+    order: SparsePrefill,
+    config: PrefillSparsity,
+    method: PrefillMethod,
+    scale: float,
+) -> PrefillOutcome:
+    """Attend the new rows of one segment on the lines that `method` chooses for each head.
+
+    query [r, H, D]; pools [S, Hkv, D]; slots int64 [N], N = start + r, with the new tokens already stored. A head whose lines would
+    compute more than `config.dense_head_share` of its causal cells, or whose held-out coverage is under `order.min_coverage`, is
+    computed dense and counted; its coverage is then 1. A held-out row among the chunk's dense last rows counts as covered,
+    because it is. Mutates nothing.
+    """
+    grid = TileGrid(start, query.shape[0], config.tile_tokens)
+    rows = sample_rows(grid.num_rows, config, order.seed)
+    chosen_by, measured_by = _sampled_mass(query, key_pool, slots, grid, rows, config, method, scale=scale)
+    selection = method.choose(chosen_by, start=start, num_rows=grid.num_rows, alpha=order.alpha, config=config)
+    cells = selection.num_cells(grid, dense_last_rows=config.dense_last_rows)
+    dense = cells > config.dense_head_share * grid.num_cells
+    coverage = None
+    if rows.heldout:
+        num_read_densely = len(rows.heldout) - len(_sparse_rows(rows.heldout, grid, config))
+        coverage = (selection.held_mass(measured_by, grid) + num_read_densely) / len(rows.heldout)
+        if order.min_coverage is not None:
+            dense = dense | (coverage < order.min_coverage)
+        coverage = coverage.masked_fill(dense, 1.0).clamp(max=1.0)
+    selection = selection.with_dense_heads(dense)
+    output = sparse_prefill(
+        query,
+        key_pool,
+        value_pool,
+        slots,
+        start=start,
+        tiles=selection.tiles,
+        columns=selection.columns,
+        column_counts=selection.column_counts,
+        tile_tokens=config.tile_tokens,
+        dense_last_rows=config.dense_last_rows,
+        scale=scale,
+    )
+    return PrefillOutcome(
+        output=output,
+        coverage=coverage,
+        cells_computed=cells.masked_fill(dense, grid.num_cells).sum(),
+        cells_total=grid.num_cells * query.shape[1],
+        dense_heads=dense.sum(),
+    )
+
+
+def _sampled_mass(
+    query: Tensor,
+    key_pool: Tensor,
+    slots: Tensor,
+    grid: TileGrid,
+    rows: RowSample,
+    config: PrefillSparsity,
+    method: PrefillMethod,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Dense weights of the choosing and of the measuring rows, per query tile, [H, Q, N] each, in one pass over the keys."""
+    select = rows.select if method.reads_mass else ()
+    heldout = _sparse_rows(rows.heldout, grid, config)
+    num_tiles = grid.num_query_tiles
+    groups = [row // grid.tile_tokens for row in select] + [num_tiles + row // grid.tile_tokens for row in heldout]
+    sampled = torch.tensor((*select, *heldout), dtype=torch.int64, device=query.device)
+    mass = line_scores(
+        query.index_select(0, sampled),
+        key_pool,
+        slots,
+        sampled + grid.start,
+        groups=torch.tensor(groups, dtype=torch.int64, device=query.device),
+        num_groups=2 * num_tiles,
+        scale=scale,
+    )
+    return mass[:, :num_tiles], mass[:, num_tiles:]
+
+
+def _sparse_rows(rows: tuple[int, ...], grid: TileGrid, config: PrefillSparsity) -> tuple[int, ...]:
+    """Those of `rows` that are not among the chunk's dense last rows."""
+    return tuple(row for row in rows if row < grid.num_rows - config.dense_last_rows)

@@ -1,0 +1,21 @@
+"""The "streaming" decode method: sinks and recent tokens only, as StreamingLLM (arXiv 2309.17453); the floor under every other method."""
+
+from torch import Tensor
+
+from loopserve.config import DecodeSparsity
+from loopserve.sparsity.decode import TokenChoice
+
+
+class Streaming:
+    """Chooses nothing; what was recent at the first step stays, and grows."""
+
+    def refresh_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
+        """See `DecodeMethod.refresh_due`."""
+        return num_outputs == 1
+
+    def choose(
+        self, scores: Tensor, *, budget_tokens: int, config: DecodeSparsity, layer: int, num_layers: int
+    ) -> TokenChoice:
+        """See `DecodeMethod.choose`."""
+        none = scores.argsort(dim=1)[:, :0]
+        return TokenChoice(none, none > 0)
