@@ -1,4 +1,9 @@
-"""`paged_decode` in plain torch: one gather, then one fused attention with the G query heads of a KV head as its query rows."""
+"""`paged_decode` in plain torch: one gather, then one fused attention with the G query heads of a KV head as its query rows.
+
+Measured at H 8, Hkv 4, D 64, float32, one core of a shared x86 machine, Hs 1, R x M = 1 x 600 and 16 x 600, best of 12: this takes 0.35
+and 7.3 ms, most of it the gather. Against it: matmul and softmax 1.4x and 1.9x, the same on contiguous copies 1.9x and 1.7x,
+`enable_gqa` with one row a query head 1.2x and 1.3x, bmm row by row 1.0x and 1.2x. Only one row over 4000 tokens favours bmm (0.8x).
+"""
 
 import torch
 from torch import Tensor
