@@ -110,6 +110,8 @@ class EngineConfig:
     kv_bytes_max: int = 2 << 30  # on a CPU the pool shares the machine with everything else
     max_running_turns: int = 32
     max_waiting_turns: int = 256
+    max_queue_s: float = 120.0  # a turn that has waited longer ends with an error
+    max_step_s: float = 300.0  # a step that takes longer counts as a dead engine
     max_step_prefill_tokens: int = 1024  # prefill rows of one forward; decode rows come on top
     max_sessions: int = 4096  # idle sessions beyond this are forgotten, oldest first
     max_branches: int = 8  # of one session; further ones push out the oldest idle one

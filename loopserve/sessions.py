@@ -144,6 +144,13 @@ class SessionTable:
         session.last_used_s = branch.last_used_s = self._clock()
         return Lease(branch, best.rectified_tokens)
 
+    def refill(self, session: Session, branch: Branch) -> None:
+        """Give a preempted turn's empty branch what the prefix index still has of it."""
+        assert branch.table.num_tokens == 0, "only an emptied branch is refilled"
+        epoch = branch.table.epoch
+        branch.table = self._cache.match(branch.token_ids, session.salt, max_tokens=len(branch.token_ids) - 1)
+        branch.table.epoch = epoch + 1
+
     def give_back(self, session: Session, branch: Branch) -> None:
         """The branch's turn is over: its blocks become warm."""
         branch.busy = None

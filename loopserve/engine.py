@@ -1,0 +1,316 @@
+"""Hops 5 and 10: the engine. Takes turns from any thread, runs steps on one, and delivers every turn's events.
+
+    submit (any thread) --> scheduler's queue --[ step: plan, run, apply ]--> on_events (engine thread)
+
+One lock guards the scheduler, the cache and the sessions. It is held while a step is planned and applied, never while the model
+runs, so `submit`, `cancel` and the questions return in well under a step. Whatever happens, every accepted turn gets exactly one
+`TurnEnded`, and after a failure no further turn is accepted.
+"""
+
+import itertools
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from transformers import PreTrainedTokenizerBase
+
+from loopserve.admission import Limits, check_request
+from loopserve.config import BLOCK_TOKENS, EngineConfig
+from loopserve.dialogue import FinishReason, SessionId, TurnEnded, TurnEvent, TurnId, TurnRequest
+from loopserve.errors import ConfigError, EngineUnavailable, NotFound, Overloaded
+from loopserve.kv.cache import KVCache
+from loopserve.loading import LoadedModel, load_model
+from loopserve.quality import TurnPolicy
+from loopserve.runner import ModelRunner, Runner, num_pool_blocks
+from loopserve.scheduler import Scheduler
+from loopserve.sessions import SessionInfo, SessionTable
+from loopserve.sparsity import DECODE_METHODS, PREFILL_METHODS
+from loopserve.stats import NullSink, Occupancy, StatsSink
+from loopserve.turn import Turn
+
+OnEvents = Callable[[Sequence[TurnEvent]], None]
+
+_log = logging.getLogger(__name__)
+_STOP_WAIT_S = 30.0  # for the step in flight when the engine is stopped
+_IDLE_WAIT_S = 1.0  # an idle engine looks for expired turns this often
+_BRANCH_SEED_STRIDE = 0x9E3779B9  # keeps the branches of one seed apart from those of its neighbours
+
+
+class Engine:
+    """The dual-phase engine. Use it with a thread (`start`, `stop`) or drive it yourself (`step`)."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        loaded: LoadedModel | None = None,
+        runner: Runner | None = None,
+        stats: StatsSink | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Load the model, unless it is given, and allocate the KV pool. Raises ConfigError and UnsupportedModel."""
+        _check_methods(config)
+        loaded = load_model(config) if loaded is None else loaded
+        num_blocks = num_pool_blocks(loaded, config)
+        self._config = config
+        self._loaded = loaded
+        self._stats = NullSink() if stats is None else stats
+        self._clock = clock
+        self._runner = ModelRunner(loaded, config, num_blocks=num_blocks) if runner is None else runner
+        self._cache = KVCache(num_blocks, fingerprint=loaded.fingerprint)
+        self._sessions = SessionTable(
+            self._cache,
+            max_sessions=config.max_sessions,
+            max_branches=config.max_branches,
+            reuse=config.reuse,
+            clock=clock,
+        )
+        decode_method = DECODE_METHODS[config.decode.method]
+        self._scheduler = Scheduler(
+            config,
+            self._cache,
+            self._sessions,
+            refresh_due=lambda steps: decode_method.refresh_due(steps, config.decode),
+            num_planes=loaded.num_layers * loaded.num_heads,
+            clock=clock,
+        )
+        most = config.max_session_tokens or loaded.max_positions
+        self.max_session_tokens = min(most, loaded.max_positions, self._cache.pool.num_usable * BLOCK_TOKENS)
+        self._limits = Limits(self.max_session_tokens, loaded.vocab_size, config.max_branches)
+        self._turn_ids = itertools.count(1)
+        self._seeds = random.Random(config.seed)
+        self._work = threading.Condition()
+        self._listeners: dict[TurnId, OnEvents] = {}
+        self._cancels: dict[TurnId, FinishReason] = {}
+        self._releases: list[tuple[SessionId, Future[None]]] = []
+        self._thread: threading.Thread | None = None
+        self._is_stopping = False
+        self._failure: str | None = None
+        self._step_began_s: float | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self._loaded.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self._loaded.name
+
+    def start(self) -> None:
+        """Run steps on a thread of the engine's own until `stop`."""
+        assert self._thread is None, "the engine runs already"
+        self._thread = threading.Thread(target=self._run, name="loopserve-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the step in flight, end every turn, and stop taking new ones. Idempotent."""
+        with self._work:
+            self._is_stopping = True
+            self._work.notify_all()
+        if self._thread is not None:
+            self._thread.join(_STOP_WAIT_S)
+        self._end_everything("The engine is shutting down; send the turn again.")
+
+    def is_alive(self) -> bool:
+        """Whether turns make progress: the thread runs, has not failed, and is not stuck in one step."""
+        began_s = self._step_began_s
+        is_stuck = began_s is not None and self._clock() - began_s > self._config.max_step_s
+        return self._thread is not None and self._thread.is_alive() and self._failure is None and not is_stuck
+
+    def submit(self, request: TurnRequest, on_events: OnEvents) -> tuple[TurnId, ...]:
+        """Accept a turn; one id for each of its branches. Thread-safe.
+
+        `on_events` is called on the engine thread with the events of one step and must not block. Raises InvalidRequest,
+        ContextLengthExceeded, Overloaded or EngineUnavailable, and then nothing was accepted.
+        """
+        check_request(request, self._limits)
+        with self._work:
+            if self._failure is not None or self._is_stopping:
+                raise EngineUnavailable(self._failure or "The engine is shutting down.")
+            room = self._config.max_waiting_turns - self._scheduler.num_waiting
+            if request.num_branches > room:
+                raise Overloaded(
+                    f"{self._scheduler.num_waiting} turns are waiting and the queue takes {self._config.max_waiting_turns}; "
+                    "try again shortly."
+                )
+            turns = self._make_turns(request)
+            for turn in turns:
+                self._scheduler.add(turn)
+                self._listeners[turn.turn_id] = on_events
+            self._work.notify_all()
+        return tuple(turn.turn_id for turn in turns)
+
+    def cancel(self, turn_id: TurnId, *, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End a turn before the next step; its KV becomes warm. Thread-safe; an unknown or ended turn is ignored."""
+        with self._work:
+            if turn_id in self._listeners:
+                self._cancels.setdefault(turn_id, reason)
+                self._work.notify_all()
+
+    def set_budget(self, tokens: int) -> None:
+        """Set the ceiling of the token selections; each turn follows at its next refresh. Raises ConfigError below the floor."""
+        floor = self._config.decode.budget_floor_tokens
+        if tokens < floor:
+            raise ConfigError(f"The budget would be {tokens} tokens; the floor is {floor}.")
+        with self._work:
+            self._scheduler.budget_tokens = tokens
+
+    def sessions(self) -> tuple[SessionInfo, ...]:
+        """Every session, least recently used first. Thread-safe."""
+        with self._work:
+            return tuple(self._sessions.info(session) for session in self._sessions)
+
+    def session(self, session_id: SessionId) -> SessionInfo:
+        """One session. Thread-safe. Raises NotFound."""
+        with self._work:
+            return self._sessions.info(self._sessions.get(session_id))
+
+    def release(self, session_id: SessionId) -> None:
+        """Cancel the session's turns and forget it and its KV. Thread-safe; waits for the step in flight. Raises NotFound."""
+        done: Future[None] = Future()
+        with self._work:
+            self._sessions.get(session_id)
+            self._releases.append((session_id, done))
+            self._work.notify_all()
+            if self._thread is None:
+                self._carry_out_requests()
+        self._deliver()
+        done.result(timeout=self._config.max_step_s)
+
+    def occupancy(self) -> Occupancy:
+        """Blocks of the pool by kind, counted now. Thread-safe."""
+        with self._work:
+            return self._sessions.occupancy()
+
+    def check(self) -> None:
+        """Assert that no block is lost, shared wrongly or counted twice."""
+        with self._work:
+            self._cache.check()
+            occupancy = self._sessions.occupancy()
+            parts = (occupancy.active, occupancy.warm, occupancy.shared, occupancy.cached, occupancy.free)
+            assert sum(parts) == occupancy.total, f"blocks are lost: {occupancy}"
+
+    def step(self) -> bool:
+        """Plan, run and apply one step. False when there was nothing to compute."""
+        with self._work:
+            self._carry_out_requests()
+            plan = self._scheduler.plan()
+        self._deliver()
+        if plan is None:
+            return False
+        self._step_began_s = self._clock()
+        result = self._runner.run(plan)
+        with self._work:
+            self._scheduler.apply(plan, result)
+            stats = self._scheduler.step_stats(plan, duration_s=self._clock() - self._step_began_s)
+        self._step_began_s = None
+        self._deliver()
+        self._stats.on_step(stats)
+        return True
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                if not self.step():
+                    with self._work:
+                        self._work.wait_for(self._has_work, timeout=_IDLE_WAIT_S)
+        except Exception as error:  # whatever broke, the turns must be told; Serve replaces the replica
+            _log.exception("the engine thread died")
+            self._failure = f"The engine failed: {error}. Send the turn again; another replica will answer it."
+            self._end_everything(self._failure)
+
+    def _has_work(self) -> bool:
+        waiting = self._scheduler.num_waiting + self._scheduler.num_running
+        return self._is_stopping or bool(self._cancels) or bool(self._releases) or waiting > 0
+
+    def _make_turns(self, request: TurnRequest) -> list[Turn]:
+        policy = TurnPolicy.resolve(request.contract, self._config)
+        seed = request.sampling.seed
+        base = self._seeds.getrandbits(62) if seed is None else seed
+        turns: list[Turn] = []
+        for index in range(request.num_branches):
+            turns.append(
+                Turn(
+                    turn_id=TurnId(next(self._turn_ids)),
+                    request=request,
+                    policy=policy,
+                    seed=base + index * _BRANCH_SEED_STRIDE,
+                    eos_ids=self._loaded.eos_ids,
+                    max_session_tokens=self.max_session_tokens,
+                    arrived_s=self._clock(),
+                    leader=turns[0] if turns else None,
+                )
+            )
+        return turns
+
+    def _carry_out_requests(self) -> None:
+        """End what was cancelled, forget what was released. Between steps only; the lock is held."""
+        by_id = {turn.turn_id: turn for turn in self._scheduler.turns()} if self._cancels or self._releases else {}
+        released = {session_id for session_id, _ in self._releases}
+        for turn in by_id.values():
+            if turn.turn_id in self._cancels:
+                self._scheduler.end(turn, self._cancels[turn.turn_id])
+            elif turn.request.session_id in released:
+                self._scheduler.end(turn, FinishReason.CANCELLED)
+        self._cancels.clear()
+        for session_id, done in self._releases:
+            try:
+                self._sessions.release(session_id)
+                done.set_result(None)
+            except NotFound as error:
+                done.set_exception(error)
+        self._releases.clear()
+        if released:
+            self._scheduler.room_was_made()
+
+    def _deliver(self) -> None:
+        """Hand events to their listeners, one call a listener, and finished turns to the stats. The lock is not held."""
+        with self._work:
+            notices, turn_stats = self._scheduler.take_notices(), self._scheduler.take_turn_stats()
+            batches: dict[OnEvents, list[TurnEvent]] = {}
+            for notice in notices:
+                listener = self._listeners.get(notice.turn.turn_id)
+                if listener is not None:
+                    batches.setdefault(listener, []).append(notice.event)
+                if isinstance(notice.event, TurnEnded):
+                    self._listeners.pop(notice.turn.turn_id, None)
+        for listener, events in batches.items():
+            self._call(listener, events)
+        for stats in turn_stats:
+            self._stats.on_turn(stats)
+
+    def _call(self, listener: OnEvents, events: Sequence[TurnEvent]) -> None:
+        try:
+            listener(events)
+        except Exception:  # a broken client must not take the batch with it
+            _log.exception("a listener failed; its turns are cancelled")
+            for event in events:
+                self.cancel(event.turn_id)
+
+    def _end_everything(self, error: str) -> None:
+        """Give every turn its terminal event without trusting the scheduler's state."""
+        with self._work:
+            turns = {turn.turn_id: turn for turn in self._scheduler.turns()}
+            listeners, self._listeners = self._listeners, {}
+            releases, self._releases = self._releases, []
+        for turn_id, listener in listeners.items():
+            turn = turns.get(turn_id)
+            if turn is not None:
+                usage, output_ids = turn.usage(), tuple(turn.output_ids())
+                self._call(listener, (TurnEnded(turn_id, FinishReason.ERROR, usage, output_ids, error),))
+        for _, done in releases:
+            done.set_exception(EngineUnavailable(error))
+
+
+def _check_methods(config: EngineConfig) -> None:
+    for kind, name, known in (
+        ("prefill", config.prefill.method, PREFILL_METHODS),
+        ("decode", config.decode.method, DECODE_METHODS),
+    ):
+        if name not in known:
+            raise ConfigError(f"{kind}.method is {name!r}; known are {', '.join(sorted(known))}.")

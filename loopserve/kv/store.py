@@ -1,0 +1,48 @@
+"""The bytes of the KV pool on one device. Carries out copy orders; decides nothing.
+
+Layout: one key and one value tensor a layer, `[S, Hkv, D]`, S = num_blocks * 16 slots; slot = block * 16 + offset. Tokens of a
+block lie side by side with all their heads, so a gather of whole tokens moves Hkv * D contiguous elements.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from loopserve.config import BLOCK_TOKENS
+from loopserve.plan import BlockCopy
+
+
+class KVStore:
+    """Keys and values of every layer."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Allocates `num_layers * 2 * num_blocks * 16 * num_kv_heads * head_dim` elements, zeroed (lazily, on a CPU)."""
+        shape = (num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.device = device
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Carry out copy orders one after the other: a later one may read what an earlier one wrote."""
+        for copy in copies:
+            source, target = _slots_of(copy.source), _slots_of(copy.target)
+            for pool in (*self.keys, *self.values):
+                pool[target] = pool[source]
+
+
+def block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one block, all layers, keys and values."""
+    return num_layers * 2 * BLOCK_TOKENS * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _slots_of(block: int) -> slice:
+    return slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)

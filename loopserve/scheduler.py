@@ -1,0 +1,377 @@
+"""Hop 6: which turns compute what in the next step, and what a step's result means for them. Host only, no tensor in sight.
+
+Owns the queues. Every turn is in one of them until its one terminal event:
+
+    submit -> waiting -> running -> ended
+                 ^___________|  preempted: its blocks are given up, prompt and outputs are computed again
+
+Order of giving way when the pool is full: kept prefix blocks, warm branches (least recently used first), then the newest
+running turn. The oldest running turn always advances, so every turn ends.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from loopserve.config import BLOCK_TOKENS, EngineConfig
+from loopserve.dialogue import FinishReason, Mode, TokensGenerated, TurnEnded, TurnEvent, TurnId, TurnStarted
+from loopserve.errors import Overloaded
+from loopserve.kv.cache import KVCache
+from loopserve.plan import (
+    SampledToken,
+    Segment,
+    SegmentQuality,
+    SparseDecode,
+    SparsePrefill,
+    StepPlan,
+    StepResult,
+)
+from loopserve.quality import num_kept_tokens
+from loopserve.sessions import SessionTable
+from loopserve.stats import StepStats, TurnStats
+from loopserve.turn import Turn
+
+RefreshDue = Callable[[int], bool]  # decode steps since the prefill, this one included -> choose again?
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """An event of a turn, to be delivered."""
+
+    turn: Turn
+    event: TurnEvent
+
+
+class Scheduler:
+    """Plans steps over the turns it was given. Not thread-safe: it belongs to the engine thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        cache: KVCache,
+        sessions: SessionTable,
+        *,
+        refresh_due: RefreshDue,
+        num_planes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        """`num_planes` is layers x query heads: the unit in which attention cells are counted."""
+        self._config = config
+        self._cache = cache
+        self._sessions = sessions
+        self._refresh_due = refresh_due
+        self._num_planes = num_planes
+        self._clock = clock
+        self._waiting: deque[Turn] = deque()
+        self._running: list[Turn] = []  # oldest first
+        self._notices: list[Notice] = []
+        self._turn_stats: list[TurnStats] = []
+        self._left_batch: list[TurnId] = []
+        self._step_index = 0
+        self._num_preempted = 0
+        self._admission_blocked = False  # nothing was given back since the pool was found too full
+        self.budget_tokens = config.decode.budget_tokens  # the ceiling in force
+
+    @property
+    def num_waiting(self) -> int:
+        """Turns that are not in the batch yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Turns in the batch."""
+        return len(self._running)
+
+    def turns(self) -> Iterator[Turn]:
+        """Every turn that has not ended."""
+        yield from self._running
+        yield from self._waiting
+
+    def add(self, turn: Turn) -> None:
+        """Queue a turn. Raises Overloaded when the queue is full."""
+        if len(self._waiting) >= self._config.max_waiting_turns:
+            raise Overloaded(f"All {self._config.max_waiting_turns} places in the queue are taken; try again shortly.")
+        self._waiting.append(turn)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute. Admits, preempts and reserves on the way."""
+        self._expire_waiting()
+        room_tokens = self._config.max_step_prefill_tokens
+        segments: list[Segment] = []
+        for turn in list(self._running):
+            if turn.ended or turn not in self._running:
+                continue  # preempted by an older turn of this loop
+            segment = self._segment(turn, room_tokens)
+            if segment is not None:
+                segments.append(segment)
+                room_tokens -= 0 if turn.is_decoding else len(segment.token_ids)
+        segments.extend(self._admissions(room_tokens))
+        if not segments:
+            return None
+        self._step_index += 1
+        plan = StepPlan(
+            step_index=self._step_index,
+            copies=self._cache.take_copies(),
+            segments=tuple(segments),
+            ended_turns=tuple(self._left_batch),
+        )
+        self._left_batch.clear()
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult) -> None:
+        """Record what the step computed: commit KV, append tokens, end turns."""
+        tokens = {token.turn_id: token for token in result.tokens}
+        measured = {quality.turn_id: quality for quality in result.quality}
+        turns = {turn.turn_id: turn for turn in self._running}
+        for segment in plan.segments:
+            turn = turns[segment.turn_id]
+            self._account(turn, segment, measured.get(segment.turn_id))
+            is_exact = segment.prefill is None and (segment.decode is None or segment.decode.dense)
+            self._cache.commit(
+                turn.leased_branch.table,
+                turn.known_ids,
+                num_tokens=segment.start + len(segment.token_ids),
+                exact=is_exact,
+            )
+            if segment.sample is not None:
+                self._append(turn, tokens[segment.turn_id])
+
+    def end(self, turn: Turn, reason: FinishReason, *, error: str | None = None) -> None:
+        """Take the turn out, keep what it computed as warm KV, and issue its terminal event."""
+        assert not turn.ended, "a turn ends once"
+        turn.ended = True
+        self._admission_blocked = False
+        if turn in self._running:
+            self._running.remove(turn)
+            self._left_batch.append(turn.turn_id)
+        else:
+            self._waiting.remove(turn)
+        usage, output_ids = turn.usage(), tuple(turn.output_ids())
+        if turn.session is not None and turn.branch is not None:
+            self._sessions.give_back(turn.session, turn.branch)
+        self._notices.append(Notice(turn, TurnEnded(turn.turn_id, reason, usage, output_ids, error)))
+        self._turn_stats.append(
+            TurnStats(
+                session_id=turn.request.session_id,
+                turn_number=turn.turn_number,
+                reason=reason,
+                usage=usage,
+                queue_s=None if turn.admitted_s is None else turn.admitted_s - turn.arrived_s,
+                first_token_s=None if turn.first_token_s is None else turn.first_token_s - turn.arrived_s,
+                total_s=self._clock() - turn.arrived_s,
+                num_preemptions=turn.num_preemptions,
+            )
+        )
+
+    def room_was_made(self) -> None:
+        """Blocks were given back by other means than an ended turn: try admissions again."""
+        self._admission_blocked = False
+
+    def take_notices(self) -> list[Notice]:
+        """The events since the last call, in order."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def take_turn_stats(self) -> list[TurnStats]:
+        """The ended turns since the last call."""
+        stats, self._turn_stats = self._turn_stats, []
+        return stats
+
+    def step_stats(self, plan: StepPlan, *, duration_s: float) -> StepStats:
+        """The measurements of one step; preemptions are those since the last call."""
+        num_decode = sum(
+            1 for segment in plan.segments if segment.sample is not None and segment.sample.output_index > 0
+        )
+        num_rows = sum(len(segment.token_ids) for segment in plan.segments)
+        preempted, self._num_preempted = self._num_preempted, 0
+        return StepStats(
+            step_index=plan.step_index,
+            duration_s=duration_s,
+            num_prefill_tokens=num_rows - num_decode,
+            num_decode_tokens=num_decode,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_preempted=preempted,
+            num_free_blocks=self._cache.pool.num_free,
+        )
+
+    def _admissions(self, room_tokens: int) -> Iterator[Segment]:
+        for turn in list(self._waiting):
+            if self._admission_blocked or len(self._running) >= self._config.max_running_turns:
+                return
+            if turn.waits_for_leader:
+                continue
+            if room_tokens <= 0:
+                return
+            if not self._admit(turn):
+                self._admission_blocked = True
+                return
+            segment = self._segment(turn, room_tokens)
+            if segment is None:
+                return  # its chunk does not fit any more; a shorter prompt does not overtake
+            room_tokens -= len(segment.token_ids)
+            yield segment
+
+    def _admit(self, turn: Turn) -> bool:
+        """Move a waiting turn into the batch if all it knows fits beside what runs."""
+        num_known = turn.prompt_len + turn.num_outputs
+        if not self._has_room_for(num_known):
+            return False
+        if turn.branch is None:
+            self._lease(turn)
+        elif self._config.reuse:
+            self._sessions.refill(turn.leased_session, turn.branch)
+        self._waiting.remove(turn)
+        self._running.append(turn)
+        turn.start = turn.num_computed
+        turn.decode_steps = 0
+        turn.window_dense = False
+        while self._cache.num_blocks_missing(turn.leased_branch.table, num_known) > self._cache.pool.num_free:
+            if not self._sessions.evict_one():
+                self._preempt(turn)
+                return False
+        return True
+
+    def _lease(self, turn: Turn) -> None:
+        session = self._sessions.open(turn.request.session_id, salt=turn.request.cache_salt)
+        lease = self._sessions.lease(
+            session,
+            turn.request.prompt_ids,
+            turn.turn_id,
+            exact=turn.policy.mode is Mode.EXACT,
+            rectify=turn.policy.decode.rectify,
+        )
+        turn.session, turn.branch = session, lease.branch
+        turn.cached_tokens = turn.num_computed
+        turn.tally.rectified_tokens = lease.rectified_tokens
+        turn.admitted_s = self._clock()
+        if turn.leader is None:
+            session.num_turns += 1
+        turn.turn_number = session.num_turns
+        self._notices.append(Notice(turn, TurnStarted(turn.turn_id, turn.cached_tokens, lease.rectified_tokens)))
+
+    def _has_room_for(self, num_tokens: int) -> bool:
+        """Whether a turn of that length fits beside the running ones, with one block to grow for each of them."""
+        pool = self._cache.pool
+        needed = -(-num_tokens // BLOCK_TOKENS) + len(self._running)
+        if needed <= pool.num_free:
+            return True
+        pinned = {block for turn in self._running for block in turn.leased_branch.table.blocks}
+        return needed <= pool.num_usable - len(pinned)
+
+    def _segment(self, turn: Turn, room_tokens: int) -> Segment | None:
+        """The turn's part of the step, with room reserved; None when it must wait (no token room, or preempted just now)."""
+        is_decoding = turn.is_decoding
+        num_rows = 1 if is_decoding else turn.next_chunk_len(turn.policy.prefill.chunk_tokens)
+        if not is_decoding and num_rows > room_tokens:
+            return None
+        start = turn.num_computed
+        end = start + num_rows
+        if not self._reserve(turn, end):
+            return None
+        is_last = end == len(turn.known_ids)
+        if is_last and not is_decoding:
+            turn.decode_sparse = turn.policy.decode_is_sparse(end + 1, budget_tokens=self._budget(turn))
+        decode = self._sparse_decode(turn, end) if is_decoding and turn.decode_sparse else None
+        table = turn.leased_branch.table
+        return Segment(
+            turn_id=turn.turn_id,
+            token_ids=turn.known_ids[start:end],
+            start=start,
+            block_table=table.blocks,
+            table_epoch=table.epoch,
+            prefill=None if is_decoding else self._sparse_prefill(turn, start, end),
+            decode=decode,
+            capture_queries=is_last and turn.decode_sparse and not is_decoding,
+            sample=turn.sample_order() if is_last else None,
+        )
+
+    def _sparse_prefill(self, turn: Turn, start: int, end: int) -> SparsePrefill | None:
+        if not turn.policy.prefill_is_sparse(end):
+            return None
+        chunk_index = (start - turn.start) // turn.policy.prefill.chunk_tokens
+        return SparsePrefill(
+            alpha=turn.policy.prefill.alpha,
+            min_coverage=turn.policy.min_coverage,
+            seed=turn.seed + chunk_index,
+        )
+
+    def _sparse_decode(self, turn: Turn, context_tokens: int) -> SparseDecode:
+        turn.decode_steps += 1
+        refresh = self._refresh_due(turn.decode_steps)
+        if refresh:
+            turn.budget_at_choice = self._budget(turn)
+            turn.chosen_at_tokens = context_tokens
+            turn.tally.refreshes += 1
+        if turn.leased_branch.sparse_from is None and not turn.window_dense:
+            turn.leased_branch.sparse_from = context_tokens - 1
+        return SparseDecode(budget_tokens=turn.budget_at_choice, refresh=refresh, dense=turn.window_dense)
+
+    def _budget(self, turn: Turn) -> int:
+        return self.budget_tokens if turn.policy.budget_tokens is None else turn.policy.budget_tokens
+
+    def _reserve(self, turn: Turn, num_tokens: int) -> bool:
+        """Make room for the turn's first `num_tokens`; False when the turn itself had to give way."""
+        while not self._cache.reserve(turn.leased_branch.table, num_tokens):
+            if self._sessions.evict_one():
+                continue
+            newest = self._running[-1]
+            self._preempt(newest)
+            if newest is turn:
+                return False
+        return True
+
+    def _preempt(self, turn: Turn) -> None:
+        self._running.remove(turn)
+        self._left_batch.append(turn.turn_id)
+        self._cache.free(turn.leased_branch.table)
+        self._waiting.appendleft(turn)
+        turn.num_preemptions += 1
+        self._num_preempted += 1
+        self._admission_blocked = False
+
+    def _expire_waiting(self) -> None:
+        """End turns that nobody will wait for any longer. Preempted ones have been answering and are left alone."""
+        limit_s = self._config.max_queue_s
+        deadline_s = self._clock() - limit_s
+        for turn in [t for t in self._waiting if t.branch is None and t.arrived_s < deadline_s]:
+            self.end(
+                turn,
+                FinishReason.ERROR,
+                error=f"The turn waited {limit_s:.0f} s for a place in the batch; try again later.",
+            )
+
+    def _account(self, turn: Turn, segment: Segment, quality: SegmentQuality | None) -> None:
+        num_rows = len(segment.token_ids)
+        end = segment.start + num_rows
+        if quality is not None:
+            turn.tally.add_measured(quality)
+        if turn.is_decoding:
+            self._account_decode(turn, segment, quality, end)
+        elif segment.prefill is None:
+            turn.tally.add_dense_prefill(start=segment.start, num_rows=num_rows, num_planes=self._num_planes)
+
+    def _account_decode(
+        self, turn: Turn, segment: Segment, quality: SegmentQuality | None, context_tokens: int
+    ) -> None:
+        kept_tokens = context_tokens
+        if segment.decode is not None and not segment.decode.dense:
+            kept_tokens = num_kept_tokens(
+                context_tokens, turn.chosen_at_tokens, turn.budget_at_choice, turn.policy.decode
+            )
+        turn.tally.add_decode_step(kept_tokens=kept_tokens, context_tokens=context_tokens)
+        least = turn.policy.min_coverage
+        if segment.decode is not None and quality is not None and quality.coverage_count and least is not None:
+            # Measured on the window that just ended; the one that this refresh began is decided by it, from the next step on.
+            turn.window_dense = quality.coverage_sum / quality.coverage_count < least
+            turn.tally.dense_fallbacks += turn.window_dense
+
+    def _append(self, turn: Turn, token: SampledToken) -> None:
+        turn.known_ids.append(token.token_id)
+        if turn.first_token_s is None:
+            turn.first_token_s = self._clock()
+        logprobs = () if token.logprobs is None else (token.logprobs,)
+        self._notices.append(Notice(turn, TokensGenerated(turn.turn_id, (token.token_id,), logprobs)))
+        reason = turn.reason_to_end()
+        if reason is not None:
+            self.end(turn, reason)
