@@ -47,7 +47,6 @@ class _Choice:
 
     columns: Tensor  # int64 [Hs, num_sinks + B']: sinks, then chosen
     valid: Tensor  # bool, shaped as columns
-    num_sinks: int
     recent_start: int
 
 
@@ -148,13 +147,14 @@ class TurnSelection:
         config = self._config
         num_sinks = min(config.sink_tokens, num_columns)
         recent_start = max(num_sinks, num_columns - config.window_tokens)
+        per_list = self._num_heads // self._num_lists
         candidates = scores[:, num_sinks:recent_start]  # [H, C]
         if candidates.shape[1] > 0:
             candidates = max_pool1d(
                 candidates[None], config.pooling_tokens, stride=1, padding=config.pooling_tokens // 2
             )[0]
         choice = self._method.choose(
-            candidates.reshape(self._num_lists, -1, candidates.shape[1]).sum(dim=1),
+            candidates.reshape(self._num_lists, per_list, recent_start - num_sinks).sum(dim=1),
             budget_tokens=budget_tokens,
             config=config,
             layer=layer,
@@ -164,7 +164,6 @@ class TurnSelection:
         return _Choice(
             columns=torch.cat((sinks, choice.indices + num_sinks), dim=1),
             valid=torch.cat((torch.ones_like(sinks, dtype=torch.bool), choice.valid), dim=1),
-            num_sinks=num_sinks,
             recent_start=recent_start,
         )
 

@@ -1,0 +1,181 @@
+"""Phase 2 of one turn: when tokens are chosen, which are kept, and how good the choice was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loopserve.config import DecodeSparsity
+from loopserve.sparsity import DECODE_METHODS, TurnSelection
+from tests.sparsity.conftest import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, SCALE, Context, random_context
+
+CONFIG = DecodeSparsity(
+    budget_tokens=16, budget_floor_tokens=1, scoring_rows=4, sink_tokens=2, window_tokens=6, pooling_tokens=3
+)
+CHOOSING = ["progressive", "first_block"]  # "streaming" keeps no budget by definition
+
+
+def new_selection(method: str = "progressive", config: DecodeSparsity = CONFIG, num_layers: int = 1) -> TurnSelection:
+    return TurnSelection(
+        num_layers,
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        config,
+        DECODE_METHODS[method],
+        device="cpu",
+        dtype=torch.float32,
+    )
+
+
+def record(selection: TurnSelection, context: Context, first: int, last: int, layer: int = 0) -> None:
+    """Record the rows of a context that holds a query for every position."""
+    selection.record(layer, context.query[first:last], torch.arange(first, last))
+
+
+def refresh(
+    selection: TurnSelection, context: Context, num_columns: int, budget_tokens: int = 16, layer: int = 0
+) -> Tensor | None:
+    return selection.refresh(
+        layer, context.key_pool, context.slots[:num_columns], budget_tokens=budget_tokens, scale=SCALE
+    )
+
+
+def kept(selection: TurnSelection, num_columns: int, layer: int = 0) -> list[list[int]]:
+    """Valid columns of each list, as they are listed."""
+    columns, valid = selection.kept_columns(layer, num_columns)
+    return [row[ok].tolist() for row, ok in zip(columns, valid, strict=True)]
+
+
+def test_refreshes_are_due_at_the_documented_steps():
+    config = DecodeSparsity(early_refreshes=(4, 8), refresh_outputs=16)
+    due = {name: [k for k in range(1, 50) if method.refresh_due(k, config)] for name, method in DECODE_METHODS.items()}
+    assert due == {"progressive": [1, 4, 8, 16, 32, 48], "first_block": [1], "streaming": [1]}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(sorted(DECODE_METHODS)),
+    st.sampled_from(["kv_head", "query_head"]),
+    st.integers(1, 60),
+    st.integers(0, 12),
+    st.integers(1, 80),
+    st.sampled_from([None, 0.3, 1.0]),
+)
+def test_every_kept_column_is_kept_once_and_sinks_and_recent_always(
+    method: str, select_per: str, at_choice: int, later: int, budget_tokens: int, coverage_alpha: float | None
+):
+    config = replace(CONFIG, select_per=select_per, coverage_alpha=coverage_alpha)
+    context, selection = random_context(0, 80), new_selection(method, config)
+    record(selection, context, 0, at_choice)
+    refresh(selection, context, at_choice, budget_tokens)
+    num_columns = at_choice + later
+    always = set(range(min(2, num_columns))) | set(range(max(0, at_choice - 6), num_columns))
+    lists = kept(selection, num_columns)
+    assert len(lists) == (NUM_KV_HEADS if select_per == "kv_head" else NUM_HEADS)
+    for columns in lists:
+        assert len(set(columns)) == len(columns)
+        assert always <= set(columns) <= set(range(num_columns))
+        assert len(columns) - len(always) <= budget_tokens
+        assert len(columns) <= selection.num_kept(num_columns)
+        if coverage_alpha is None:
+            assert len(columns) == selection.num_kept(num_columns)
+
+
+@pytest.mark.parametrize("method", CHOOSING)
+@pytest.mark.parametrize("at_choice", [1, 2, 7, 50])
+def test_a_budget_of_the_whole_context_keeps_every_column_once(method: str, at_choice: int):
+    context, selection = random_context(0, 60), new_selection(method)
+    record(selection, context, 0, at_choice)
+    refresh(selection, context, at_choice, budget_tokens=at_choice)
+    for columns in kept(selection, 60):
+        assert sorted(columns) == list(range(60))
+    assert selection.num_kept(60) == 60
+
+
+def test_the_heaviest_candidates_by_pooled_group_scores_are_chosen():
+    context, selection = random_context(0, 60, sharpness=3.0), new_selection()
+    record(selection, context, 0, 60)
+    refresh(selection, context, 60, budget_tokens=9)
+    scores = context.weights(context.query[56:60], torch.arange(56, 60)).sum(dim=1)[:, 2:54]  # candidates of [H, N]
+    pooled = torch.stack([scores[:, max(0, c - 1) : c + 2].max(dim=1).values for c in range(52)], dim=1)
+    per_list = pooled.reshape(NUM_KV_HEADS, -1, 52).sum(dim=1)
+    for columns, ranked in zip(kept(selection, 60), per_list.argsort(dim=1, descending=True), strict=True):
+        assert set(columns) == {0, 1, *(ranked[:9] + 2).tolist(), *range(54, 60)}
+
+
+def test_only_the_newest_rows_score_however_they_were_recorded():
+    context = random_context(0, 60)
+    at_once, one_by_one = new_selection(), new_selection()
+    record(at_once, context, 0, 50)
+    for row in range(41, 50):
+        record(one_by_one, context, row, row + 1)
+    for selection in (at_once, one_by_one):
+        refresh(selection, context, 50)
+    assert [set(c) for c in kept(at_once, 50)] == [set(c) for c in kept(one_by_one, 50)]
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 4, 9])  # fewer rows than the ring, as many, more
+@pytest.mark.parametrize("select_per", ["kv_head", "query_head"])
+@pytest.mark.parametrize("coverage_alpha", [None, 0.5])
+def test_coverage_is_the_weight_that_the_old_choice_held_under_the_queries_that_used_it(
+    num_steps: int, select_per: str, coverage_alpha: float | None
+):
+    config = replace(CONFIG, select_per=select_per, coverage_alpha=coverage_alpha)
+    context, selection = random_context(0, 60, sharpness=2.0), new_selection(config=config)
+    record(selection, context, 0, 40)
+    assert refresh(selection, context, 40, budget_tokens=5) is None
+    num_columns = 40 + num_steps
+    record(selection, context, 40, num_columns)
+    old = kept(selection, num_columns)
+    coverage = refresh(selection, context, num_columns, budget_tokens=5)
+    used = torch.arange(max(40, num_columns - 4), num_columns)
+    whole = Context(context.query, context.key_pool, context.value_pool, context.slots[:num_columns])
+    weights = whole.weights(context.query[used], used).mean(dim=1)  # [H, N]
+    expected = torch.stack([weights[h, old[h * len(old) // NUM_HEADS]].sum() for h in range(NUM_HEADS)])
+    assert coverage is not None
+    torch.testing.assert_close(coverage.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_budget_takes_effect_at_the_next_refresh():
+    context, selection = random_context(0, 60), new_selection()
+    record(selection, context, 0, 50)
+    sizes = []
+    for budget_tokens in (20, 3, 30):
+        refresh(selection, context, 50, budget_tokens)
+        sizes.append(selection.num_kept(50))
+        assert [len(columns) for columns in kept(selection, 50)] == [sizes[-1]] * NUM_KV_HEADS
+    assert sizes == [2 + 20 + 6, 2 + 3 + 6, 2 + 30 + 6]
+
+
+def test_coverage_mode_keeps_no_more_than_its_share_needs():
+    method = DECODE_METHODS["progressive"]
+    scores = torch.tensor([[1.0, 8.0, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0]])
+    choice = method.choose(scores, budget_tokens=3, config=replace(CONFIG, coverage_alpha=0.7), layer=0, num_layers=1)
+    assert choice.indices[0, 0] == 1
+    assert choice.valid.tolist() == [[True, False, False], [True, True, True]]  # the budget is a ceiling
+
+
+def test_a_later_choice_brings_back_what_an_earlier_one_left_out():
+    context, selection = random_context(0, 60, sharpness=4.0), new_selection()
+    record(selection, context, 0, 50)
+    refresh(selection, context, 50, budget_tokens=4)
+    before = [set(columns) for columns in kept(selection, 50)]
+    record(selection, context, 50, 54)
+    refresh(selection, context, 54, budget_tokens=4)
+    after = [{c for c in columns if c < 44} for columns in kept(selection, 54)]
+    assert any(new - old for old, new in zip(before, after, strict=True))
+
+
+def test_layers_choose_apart_and_may_be_left_out():
+    context, selection = random_context(0, 60), new_selection(num_layers=3)
+    for layer, last in ((0, 50), (2, 44)):
+        record(selection, context, 0, last, layer)
+        refresh(selection, context, 50, budget_tokens=5, layer=layer)
+    assert kept(selection, 50, 0) != kept(selection, 50, 2)
+    assert selection.num_kept(50) == 2 + 5 + 6
+    with pytest.raises(AssertionError, match="must choose"):
+        selection.kept_columns(1, 50)

@@ -1,0 +1,144 @@
+"""How lines are chosen, and what a selection holds and costs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loopserve.config import PrefillSparsity
+from loopserve.sparsity import PREFILL_METHODS, LineSelection, TileGrid
+
+CHUNKS = st.tuples(st.integers(0, 70), st.integers(1, 40), st.sampled_from([1, 4, 8, 64]))  # start, rows, tile
+
+
+def read_mask(selection: LineSelection, grid: TileGrid, dense_last_rows: int = 0) -> Tensor:
+    """The contract of `sparse_prefill`, cell by cell: bool [H, r, N]."""
+    num_heads = len(selection.tiles)
+    read = torch.zeros((num_heads, grid.num_rows, grid.num_columns), dtype=torch.bool)
+    for head in range(num_heads):
+        verticals = set(selection.columns[head, : selection.column_counts[head]].tolist())
+        for row in range(grid.num_rows):
+            for column in range(grid.start + row + 1):
+                diagonal = row // grid.tile_tokens - (column - grid.start) // grid.tile_tokens
+                dense = row >= grid.num_rows - dense_last_rows
+                read[head, row, column] = dense or column in verticals or bool(selection.tiles[head, diagonal])
+    return read
+
+
+def causal_mask(grid: TileGrid) -> Tensor:
+    return torch.arange(grid.num_columns) <= grid.start + torch.arange(grid.num_rows)[:, None]
+
+
+def random_weights(grid: TileGrid, seed: int, sharpness: float) -> Tensor:
+    """Dense weights of every row, float32 [2, r, N]; each row sums to 1."""
+    logits = torch.randn((2, grid.num_rows, grid.num_columns), generator=torch.Generator().manual_seed(seed))
+    return (sharpness * logits).masked_fill(~causal_mask(grid), -torch.inf).softmax(dim=2)
+
+
+def per_query_tile(weights: Tensor, grid: TileGrid) -> Tensor:
+    return torch.stack([rows.sum(dim=1) for rows in weights.split(grid.tile_tokens, dim=1)], dim=1)
+
+
+def choose(
+    weights: Tensor, grid: TileGrid, method: str = "lines", *, alpha: float, **settings: object
+) -> LineSelection:
+    config = PrefillSparsity(**{"local_tokens": 0, "sink_tokens": 0, "tile_tokens": grid.tile_tokens, **settings})  # type: ignore[arg-type]
+    return PREFILL_METHODS[method].choose(
+        per_query_tile(weights, grid), start=grid.start, num_rows=grid.num_rows, alpha=alpha, config=config
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(CHUNKS, st.floats(0.05, 0.99), st.sampled_from(["union", "separate"]), st.floats(0, 6), st.integers(0, 99))
+def test_chosen_lines_hold_alpha_of_the_sampled_weight(
+    chunk: tuple[int, int, int], alpha: float, line_cover: str, sharpness: float, seed: int
+):
+    grid = TileGrid(*chunk)
+    weights = random_weights(grid, seed, sharpness)
+    selection = choose(weights, grid, alpha=alpha, line_cover=line_cover)
+    held = (weights * read_mask(selection, grid)).sum(dim=(1, 2))
+    assert (held >= (alpha - 1e-5) * grid.num_rows).all()  # 1e-5: float32 sums over at most some thousand cells
+
+
+@settings(max_examples=40, deadline=None)
+@given(CHUNKS, st.integers(0, 20), st.integers(0, 99))
+def test_a_selection_knows_its_cells_and_its_weight_exactly(
+    chunk: tuple[int, int, int], dense_last_rows: int, seed: int
+):
+    grid = TileGrid(*chunk)
+    generator = torch.Generator().manual_seed(seed)
+    selection = LineSelection(
+        torch.rand((2, grid.num_diagonals), generator=generator) < 0.3,
+        torch.rand((2, grid.num_columns), generator=generator).argsort(dim=1)[:, :5],
+        torch.randint(min(5, grid.num_columns) + 1, (2,), generator=generator),
+    )
+    read = read_mask(selection, grid, dense_last_rows)
+    assert torch.equal(selection.num_cells(grid, dense_last_rows=dense_last_rows), read.sum(dim=(1, 2)))
+    weights = random_weights(grid, seed, 2.0)
+    held = (weights * read_mask(selection, grid)).sum(dim=(1, 2))
+    torch.testing.assert_close(selection.held_mass(per_query_tile(weights, grid), grid), held)
+    assert grid.num_cells == int(causal_mask(grid).sum())
+
+
+@given(CHUNKS)
+@settings(max_examples=20, deadline=None)
+def test_full_alpha_reads_every_cell_with_every_method(chunk: tuple[int, int, int]):
+    grid = TileGrid(*chunk)
+    for method in PREFILL_METHODS:
+        selection = choose(random_weights(grid, 0, 1.0), grid, method, alpha=1.0)
+        assert torch.equal(read_mask(selection, grid), causal_mask(grid).expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("method", PREFILL_METHODS)
+def test_sinks_and_local_diagonals_are_always_read(method: str):
+    grid = TileGrid(start=45, num_rows=30, tile_tokens=8)
+    selection = choose(random_weights(grid, 1, 8.0), grid, method, alpha=0.01, sink_tokens=3, local_tokens=20)
+    read = read_mask(selection, grid)
+    assert read[:, :, :3].all()
+    offset = grid.start + torch.arange(grid.num_rows)[:, None] - torch.arange(grid.num_columns)
+    assert read[:, (offset >= 0) & (offset < 20)].all()
+    assert not read.all()
+
+
+def planted(grid: TileGrid, *, vertical: int, slash: int) -> Tensor:
+    """Head 0 looks at one column, head 1 at one offset; a tenth of the weight is spread evenly."""
+    weights = causal_mask(grid).float().expand(2, -1, -1).clone()
+    weights = 0.1 * weights / weights.sum(dim=2, keepdim=True)
+    rows = torch.arange(grid.num_rows)
+    weights[0, :, vertical] += 0.9
+    weights[1, rows, grid.start + rows - slash] += 0.9
+    return weights
+
+
+def test_a_planted_vertical_is_found_as_one_column():
+    grid = TileGrid(start=200, num_rows=64, tile_tokens=8)
+    selection = choose(planted(grid, vertical=77, slash=100), grid, alpha=0.85)
+    assert selection.columns[0, : selection.column_counts[0]].tolist() == [77]
+    assert not selection.tiles[0].any()
+
+
+def test_a_planted_slash_is_found_as_its_tile_diagonals():
+    grid = TileGrid(start=200, num_rows=64, tile_tokens=8)
+    selection = choose(planted(grid, vertical=77, slash=100), grid, alpha=0.85)
+    assert selection.tiles[1].nonzero()[:, 0].tolist() == [12, 13]  # offset 100 lies between tiles 12 and 13 of 8
+    assert selection.column_counts[1] == 0
+
+
+def test_the_union_reads_less_than_two_separate_covers():
+    grid = TileGrid(start=200, num_rows=64, tile_tokens=8)
+    weights = planted(grid, vertical=77, slash=100).mean(dim=0).expand(2, -1, -1)
+    cells = [
+        int(choose(weights, grid, alpha=0.85, line_cover=c).num_cells(grid, dense_last_rows=0).sum())
+        for c in ("union", "separate")
+    ]
+    assert cells[0] < cells[1]
+
+
+def test_heads_choose_alone():
+    grid = TileGrid(start=90, num_rows=40, tile_tokens=8)
+    weights = random_weights(grid, 4, 3.0)
+    both = read_mask(choose(weights, grid, alpha=0.6), grid)
+    for head in range(2):
+        alone = read_mask(choose(weights[head : head + 1], grid, alpha=0.6), grid)
+        assert torch.equal(both[head], alone[0])
