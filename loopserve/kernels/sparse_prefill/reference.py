@@ -78,6 +78,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, positions: Tensor, col
         return torch.zeros_like(query)
     visible = columns <= positions[:, None]  # [n, M]
     bias = query.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-    output = scaled_dot_product_attention(query.transpose(0, 1), key[None], value[None], attn_mask=bias, scale=scale)
+    group = query.shape[1]
+    # In four dimensions, or torch leaves its fused kernel, which accumulates in float32, for softmax and bmm: 1.5x slower here.
+    keys, values = (cached.expand(1, group, -1, -1) for cached in (key, value))
+    output = scaled_dot_product_attention(query.transpose(0, 1)[None], keys, values, attn_mask=bias, scale=scale)[0]
     # `columns` ascend, so a row that does not see the first of them sees none.
     return output.transpose(0, 1).masked_fill(~visible[:, :1, None], 0.0)
