@@ -3,11 +3,6 @@
 from torch import Tensor
 
 
-def gather_tokens(pool: Tensor, slots: Tensor) -> Tensor:
-    """All KV heads of the given slots, copied: pool [S, Hkv, D], slots int64 [N] -> [N, Hkv, D]."""
-    return pool.index_select(0, slots)
-
-
 def gather_head(pool: Tensor, slots: Tensor, *, head: int) -> Tensor:
     """One KV head of the given slots, copied: pool [S, Hkv, D], slots int64 [N] -> [N, D]."""
     return pool[:, head].index_select(0, slots)

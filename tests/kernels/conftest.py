@@ -19,6 +19,12 @@ class Pool:
     slots: Tensor  # int64 [N], scattered
 
 
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """A test draws the same numbers alone and among others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def make_pool() -> Callable[..., Pool]:
     def make(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Pool:

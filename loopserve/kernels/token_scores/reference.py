@@ -13,11 +13,15 @@ def token_scores(query: Tensor, key_pool: Tensor, slots: Tensor, positions: Tens
     scores = query.new_zeros((num_heads, num_columns), dtype=torch.float32)
     if query.shape[0] == 0 or num_columns == 0:
         return scores
-    future = torch.arange(num_columns, device=slots.device) > positions[:, None]  # [W, N]
+    # Every row reads the columns before `first_hidden`: masking only the rest spares a pass that costs more than the softmax.
+    first_hidden = int(positions.min()) + 1
+    hidden = torch.arange(first_hidden, num_columns, device=slots.device) > positions[:, None]  # [W, N - first_hidden]
     for kv_head in range(num_kv_heads):
         heads = slice(kv_head * group, (kv_head + 1) * group)
         rows = query[:, heads].transpose(0, 1).float()  # [G, W, D]
         keys = gather_head(key_pool, slots, head=kv_head).float()  # [N, D]
-        weights = torch.softmax((rows @ keys.T).mul_(scale).masked_fill_(future, float("-inf")), dim=-1)  # [G, W, N]
+        logits = (rows @ keys.T).mul_(scale)  # [G, W, N]
+        logits[:, :, first_hidden:].masked_fill_(hidden, float("-inf"))
+        weights = torch.softmax(logits, dim=-1)
         scores[heads] = weights.sum(dim=1)
     return scores
