@@ -4,18 +4,21 @@ conversation, no torch.
     Vocabulary    what each id of one tokenizer spells, in bytes; built once
     TextStream    ids of one answer -> text that is never taken back and never ends inside a character
     StopScanner   that text -> text up to the first stop string; what may yet become one is held back
+    AnswerText    both for one answer, with the log-probabilities of the tokens whose text is out
 """
 
 import codecs
 import json
 import re
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tokenizers.decoders import DecodeStream
 
-from loopserve.dialogue import TokenId
+from loopserve.dialogue import PositionLogprobs, TokenId, TokenLogprob
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 _SAMPLES = ("Hello  world, it's\n\tfine.", " Grüße, 你好 🤖!", "x\n\n  y")
@@ -199,6 +202,90 @@ class StopScanner:
         return next(
             (n for n in range(longest, 0, -1) if any(stop.startswith(text[len(text) - n :]) for stop in self._stops)), 0
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token as OpenAI's `logprobs` show it. `token_bytes` are exact where `token` cannot be (half a character)."""
+
+    token: str
+    token_bytes: bytes
+    logprob: float
+    top: tuple["TokenText", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What became visible of an answer. `num_tokens` were pushed since the last delta; `logprobs` are of tokens whose text is out."""
+
+    text: str
+    num_tokens: int
+    logprobs: tuple[TokenText, ...]
+
+
+class AnswerText:
+    """One answer on its way from ids to visible text. Tokens after a stop string are not taken in any more."""
+
+    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str], *, is_continuation: bool = False) -> None:
+        self.token_ids: list[TokenId] = []
+        self._vocabulary = vocabulary
+        self._stream = vocabulary.stream(is_continuation=is_continuation)
+        self._scanner = StopScanner(stops)
+        self._text_ends: list[int] = []  # characters streamed, stop strings included, after each token
+        self._num_visible_chars = 0
+        self._fresh_text: list[str] = []
+        self._num_fresh_tokens = 0
+        self._waiting: deque[tuple[int, TokenText]] = deque()  # with the place where the token's text begins
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string is complete; the last of `token_ids` completed it."""
+        return self._scanner.is_stopped
+
+    @property
+    def num_visible_tokens(self) -> int:
+        """How many of `token_ids`, from the first on, are wholly visible."""
+        return bisect_right(self._text_ends, self._num_visible_chars)
+
+    def push(self, token_id: TokenId, logprobs: PositionLogprobs | None = None) -> None:
+        """Take in the next token; ignored once stopped."""
+        if self.is_stopped:
+            return
+        start = self._text_ends[-1] if self._text_ends else 0
+        text = self._stream.push(token_id)
+        self.token_ids.append(token_id)
+        self._text_ends.append(start + len(text))
+        self._num_fresh_tokens += 1
+        if logprobs is not None and not self._vocabulary.is_special(token_id):
+            top = tuple(self._token_text(candidate) for candidate in logprobs.top)
+            self._waiting.append((start, replace(self._token_text(logprobs.chosen), top=top)))
+        self._show(self._scanner.push(text))
+
+    def finish(self) -> None:
+        """No more tokens come: let out what was held back, which may still complete a stop string. Called once."""
+        if not self.is_stopped:
+            self._show(self._scanner.push(self._stream.finish()))
+            self._show(self._scanner.finish())
+
+    def take(self) -> TextDelta | None:
+        """What became visible since the last call; None if nothing did."""
+        logprobs = []
+        while self._waiting and self._waiting[0][0] < self._num_visible_chars:
+            logprobs.append(self._waiting.popleft()[1])
+        if not self._fresh_text and not logprobs:
+            return None
+        delta = TextDelta("".join(self._fresh_text), self._num_fresh_tokens, tuple(logprobs))
+        self._fresh_text, self._num_fresh_tokens = [], 0
+        return delta
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._fresh_text.append(text)
+            self._num_visible_chars += len(text)
+
+    def _token_text(self, candidate: TokenLogprob) -> TokenText:
+        spelt = self._vocabulary.token_bytes(candidate.token_id)
+        return TokenText(spelt.decode(errors="replace"), spelt, candidate.logprob)
 
 
 def _spelling_of(decoder: Any) -> _Spelling | None:
