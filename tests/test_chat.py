@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
@@ -74,6 +76,9 @@ def sentencepiece(*, prepends_everywhere: bool) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.Sequence(steps)
     backend.add_special_tokens([AddedToken("<|im_end|>", special=True, normalized=False)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=INST)
+
+
+READERS = [byte_level(), byte_level(TRIMMING), *(sentencepiece(prepends_everywhere=where) for where in (True, False))]
 
 
 class FakeEngine:
@@ -366,6 +371,26 @@ def test_behind_a_special_token_such_a_tokenizer_continues_its_own_tokens():
     second = prompt_ids(engine, service, chat(user("what"), assistant("he"), user("who we")))
     assert second[: len(start)] == start
     assert second != tuple(engine.ids("[INST] what [/INST] he<|im_end|>[INST] who we [/INST]"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_whatever_was_said_and_edited_the_prompt_reads_as_the_template_renders_it(data: st.DataObject):
+    tokenizer = data.draw(st.sampled_from(READERS))
+    engine = FakeEngine(tokenizer)
+    service = ChatService(engine)
+    messages: list[Message] = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        messages.append(user(data.draw(st.text("hel ow\n🤖é", min_size=1, max_size=6))))
+        said = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=8))
+        engine.script = [(said, data.draw(st.sampled_from([FinishReason.STOP, FinishReason.LENGTH])))]
+        events = answer(service, chat(*messages, stop=tuple(data.draw(st.sampled_from([(), ("l",), ("o ", "he")])))))
+        rendered = tokenizer.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=True
+        )
+        assert tokenizer.decode(engine.requests[-1].prompt_ids) == tokenizer.decode(engine.ids(rendered))
+        shown = text_of(events)
+        messages.append(assistant(data.draw(st.sampled_from([shown, shown + "he", shown[1:], shown.strip(), "hello"]))))
 
 
 # Prompts and refusals
