@@ -82,5 +82,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, positions: Tensor, col
     # In four dimensions, or torch leaves its fused kernel, which accumulates in float32, for softmax and bmm: 1.5x slower here.
     keys, values = (cached.expand(1, group, -1, -1) for cached in (key, value))
     output = scaled_dot_product_attention(query.transpose(0, 1)[None], keys, values, attn_mask=bias, scale=scale)[0]
-    # `columns` ascend, so a row that does not see the first of them sees none.
+    # What a fused kernel gives for a row that sees nothing differs by device. `columns` ascend: such a row does not see the first.
     return output.transpose(0, 1).masked_fill(~visible[:, :1, None], 0.0)
