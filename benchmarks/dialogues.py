@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,23 @@ SYSTEM_PROMPTS: tuple[str, ...] = (
     "You keep numbers for the user.",
     "You are a careful assistant. Answer briefly.",
     "Answer with what the user told you.",
+)
+
+
+# Everyday words that the dialogues lack, so that other text costs a tokenizer fewer tokens.
+PLAIN_ENGLISH: tuple[str, ...] = (
+    "The people who live here said that they would have come if there had been more time for them to do so.",
+    "She could not see why he should go back again, but there were many other things which she did not know.",
+    "When you think about what we want from this world, most of us just need some work, good food and a home.",
+    "These are some of the questions that every child may ask: who, what, where, when, why and how much?",
+    "He took his hand off the old wall, turned around, and looked at his mother, his father and their house.",
+    "After a few years they found that it was much better to use small words than to make long sentences.",
+    "Can you show me how to write a short program, explain each line, and then give me an example of its use?",
+    "Between the first and the last page of the letter there is nothing that I would call new or important.",
+    "Please list three reasons why water is never still, and say which of those you think is the best one.",
+    "It does not matter whether you are right or wrong; just try, and let someone else help you through it.",
+    "During the night, under a dark sky, both men kept walking until the sun came up over the little town.",
+    "I do not know the answer, because no one has told me about it yet, so let me think about your problem.",
 )
 
 
@@ -267,7 +285,7 @@ def approximate_tokens(text: str) -> int:
 
 def is_heldout_value(value: str) -> bool:
     """Whether a value belongs to held-out dialogues: a fixed eighth of all values, scattered by a hash."""
-    return (int(value) * 2654435761 >> 11) % 8 == 0
+    return zlib.crc32(value.encode()) % 8 == 0
 
 
 def draw_value(rng: random.Random, split: Split) -> str:
@@ -325,9 +343,12 @@ def corpus_for_tokenizer(seed: int, number: int) -> Iterator[str]:
         spec = DialogueSpec(tokens=512, facts=(4, 8), split=split, unknown=0.5, greeting=0.2, system=1.0)
         for dialogue in make_dialogues(seed, spec, number):
             yield from (message["content"] for message in dialogue.messages())
+    yield from PLAIN_ENGLISH * max(1, number // 8)
     for _ in range(number):
-        yield " ".join(rng.sample(NOUNS, len(NOUNS)))
-        yield " ".join(noun.capitalize() for noun in rng.sample(NOUNS, 4))
+        yield " " + " ".join(rng.sample(NOUNS, len(NOUNS)))
+        yield " " + " ".join(noun.capitalize() for noun in rng.sample(NOUNS, len(NOUNS)))
+        yield from NOUNS
+        yield from (noun.capitalize() for noun in NOUNS)
 
 
 def _turn_record(turn: Turn) -> dict[str, object]:
@@ -393,7 +414,8 @@ def _smalltalk(rng: random.Random, spec: DialogueSpec) -> Turn:
     lead = rng.choice(LEAD_INS)
     if rng.random() < 0.15:
         lead = f"{rng.choice(FIRST_NAMES)} told me this: "
-    text = lead + (sentence[0].lower() + sentence[1:] if lead.endswith(", ") else sentence)
+    keeps_capital = not lead.endswith(", ") or sentence.startswith(("I ", "On "))
+    text = lead + (sentence if keeps_capital else sentence[0].lower() + sentence[1:])
     return Turn(text, topic.reply, "smalltalk")
 
 
@@ -407,7 +429,12 @@ def _filler(rng: random.Random, spec: DialogueSpec) -> Turn:
 def _facts_and_questions(rng: random.Random, spec: DialogueSpec) -> tuple[list[Turn], list[Turn]]:
     """Statements in order of telling, and the questions in the order in which they are worth keeping."""
     nouns = rng.sample(NOUNS, rng.randint(*spec.facts) + 1)
-    facts = [Fact(noun, draw_value(rng, spec.split), -1) for noun in nouns[1:]]
+    values: list[str] = []
+    while len(values) < len(nouns) - 1:
+        value = draw_value(rng, spec.split)
+        if value not in values:
+            values.append(value)
+    facts = [Fact(noun, value, -1) for noun, value in zip(nouns[1:], values, strict=True)]
     statements = [_statement(rng, spec, fact) for fact in facts]
     asked = rng.sample(facts, len(facts))
     asked += [fact for fact in facts if rng.random() < spec.repeat_questions]
