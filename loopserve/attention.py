@@ -18,7 +18,7 @@ from loopserve.dialogue import TurnId
 from loopserve.kernels.paged_decode import paged_decode
 from loopserve.kernels.store_kv import store_kv
 from loopserve.kv.store import KVStore
-from loopserve.plan import SegmentQuality, SparsePrefill
+from loopserve.plan import SegmentQuality, SparseDecode, SparsePrefill
 from loopserve.sparsity import PrefillMethod
 from loopserve.sparsity.decode import TurnSelection
 from loopserve.sparsity.prefill import attend
@@ -50,23 +50,25 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillRows:
-    """The rows of one prefill chunk. `slots` int64 [N]: where columns 0..N-1 lie, the chunk's own included."""
+class Context:
+    """Where columns 0..N-1 of one sequence lie, the step's own tokens included."""
 
-    turn_id: TurnId
-    rows: slice
-    slots: torch.Tensor
-    start: int  # position of the first row
-    order: SparsePrefill | None  # None: dense
-    capture: TurnSelection | None  # keeps the last rows' queries for the decode that follows
-    measured: Measured | None
+    slots: torch.Tensor  # int64 [N]
+    run_start: int | None  # the first slot, where the slots follow each other and a view is worth having
+
+    def read(self, pool_by_head: torch.Tensor) -> torch.Tensor:
+        """The sequence's part of a pool `[1, Hkv, S, D]`, as `[1, Hkv, N, D]`: a view of a run, else a gathered copy."""
+        if self.run_start is not None:
+            return pool_by_head.narrow(2, self.run_start, self.slots.shape[0])
+        tokens = pool_by_head[0].transpose(0, 1).index_select(0, self.slots)  # whole tokens: longer contiguous reads
+        return tokens.transpose(0, 1).unsqueeze(0)
 
 
 @dataclass(frozen=True, slots=True)
-class DenseDecodeRows:
-    """Decode rows that read their whole context. Contexts in one group are of like length, so padding wastes little."""
+class DecodeGroup:
+    """Decode rows that read their whole context through slots. Like lengths are grouped, so padding wastes little."""
 
-    rows: torch.Tensor  # int64 [R]
+    rows: slice
     slots: torch.Tensor  # int64 [R, 1, M]
     valid: torch.Tensor | None  # bool [R, 1, M]; None: no padding
 
@@ -75,25 +77,39 @@ class DenseDecodeRows:
 class SparseDecodeRow:
     """One decode row with a token selection."""
 
-    turn_id: TurnId
     row: int
-    slots: torch.Tensor  # int64 [N], the row's own token included
+    context: Context
     selection: TurnSelection
-    budget_tokens: int
-    refresh: bool
-    dense: bool  # keep the selection up, but read everything
+    order: SparseDecode
     measured: Measured
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillRows:
+    """The rows of one prefill chunk."""
+
+    rows: slice
+    context: Context
+    start: int  # position of the first row
+    order: SparsePrefill | None  # None: dense
+    capture: TurnSelection | None  # keeps the last rows' queries for the decode that follows
+    measured: Measured | None
+    causal_bias: torch.Tensor | None  # of a dense chunk, see `causal_bias`
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """All that a layer needs to know of one step; rows are those of the packed forward."""
+    """All that a layer needs to know of one step. The packed rows are laid out in this order, without gaps:
+
+    |<- run_decodes, a row each ->|<- decode_groups ->|<- sparse_decodes, a row each ->|<- prefills ->|
+    """
 
     store: KVStore
     write_slots: torch.Tensor  # int64 [T]: where each row's key and value go
-    prefills: Sequence[PrefillRows]
-    dense_decodes: Sequence[DenseDecodeRows]
+    run_decodes: Sequence[Context]  # they read their whole context, which is a run
+    decode_groups: Sequence[DecodeGroup]
     sparse_decodes: Sequence[SparseDecodeRow]
+    prefills: Sequence[PrefillRows]
     prefill_config: PrefillSparsity
     prefill_method: PrefillMethod
     dense_layers: frozenset[int]
@@ -112,52 +128,81 @@ def plan_attention(
 ) -> tuple[torch.Tensor, None]:
     """Store the step's keys and values, then attend as planned. Returns `[1, T, H, D]`; mutates the plan's store."""
     assert attention_mask is None, "the plan says who reads what; a mask would be ignored"
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    plan, layer = attention_plan, int(module.layer_idx)  # type: ignore[arg-type]
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
-    key_pool, value_pool = attention_plan.store.keys[layer], attention_plan.store.values[layer]
-    store_kv(keys, values, key_pool, value_pool, attention_plan.write_slots)
+    key_pool, value_pool = plan.store.keys[layer], plan.store.values[layer]
+    store_kv(keys, values, key_pool, value_pool, plan.write_slots)
 
-    output = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    for group in attention_plan.dense_decodes:
-        rows = queries.index_select(0, group.rows)
-        output[group.rows] = paged_decode(rows, key_pool, value_pool, group.slots, group.valid, scale=scaling)
-    for prefill in attention_plan.prefills:
-        chunk = queries[prefill.rows]
-        if prefill.order is None or layer in attention_plan.dense_layers:
-            output[prefill.rows] = _dense_prefill(chunk, key_pool, value_pool, prefill, scale=scaling)
-        else:
-            output[prefill.rows] = _sparse_prefill(chunk, key_pool, value_pool, prefill, attention_plan, scale=scaling)
-        if prefill.capture is not None:
-            positions = torch.arange(prefill.start, prefill.start + chunk.shape[0], device=chunk.device)
-            prefill.capture.record(layer, chunk, positions)
-    for decode in attention_plan.sparse_decodes:
-        row = queries[decode.row : decode.row + 1]
-        is_dense = decode.dense or layer in attention_plan.dense_layers
-        output[decode.row] = _sparse_decode(row, key_pool, value_pool, decode, layer, is_dense=is_dense, scale=scaling)[
-            0
-        ]
+    pieces = _run_decodes(queries, plan, layer, scale=scaling)
+    for group in plan.decode_groups:
+        rows = queries[group.rows]
+        pieces.append(paged_decode(rows, key_pool, value_pool, group.slots, group.valid, scale=scaling))
+    pieces.extend(_sparse_decode(queries, plan, decode, layer, scale=scaling) for decode in plan.sparse_decodes)
+    pieces.extend(_prefill(queries[prefill.rows], plan, prefill, layer, scale=scaling) for prefill in plan.prefills)
+    output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # [T, H, D]
     return output.unsqueeze(0), None
 
 
-def _dense_prefill(
-    queries: torch.Tensor,  # [r, H, D]
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    prefill: PrefillRows,
-    *,
-    scale: float,
+def causal_bias(num_rows: int, start: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """What to add to the scores of `num_rows` rows from position `start` on: 0, or -inf to the right of the diagonal.
+
+    None where no bias is needed. Additive, because torch would make it so from a boolean mask again in every layer.
+    """
+    if start == 0 or num_rows == 1:
+        return None
+    bias = torch.full((num_rows, start + num_rows), float("-inf"), dtype=dtype, device=device)
+    return bias.triu_(start + 1)  # [r, N]
+
+
+def _run_decodes(queries: torch.Tensor, plan: AttentionPlan, layer: int, *, scale: float) -> list[torch.Tensor]:
+    num_rows = len(plan.run_decodes)
+    if num_rows == 0:
+        return []
+    keys, values = plan.store.keys_by_head[layer], plan.store.values_by_head[layer]
+    _, num_heads, head_dim = queries.shape
+    # The G query heads of a group are query rows over its one KV head: nothing is repeated.
+    grouped = queries[:num_rows].reshape(num_rows, 1, keys.shape[1], -1, head_dim)  # [R, 1, Hkv, G, D]
+    return [
+        F.scaled_dot_product_attention(rows, context.read(keys), context.read(values), scale=scale).reshape(
+            1, num_heads, head_dim
+        )
+        for rows, context in zip(grouped.unbind(0), plan.run_decodes, strict=True)
+    ]
+
+
+def _sparse_decode(
+    queries: torch.Tensor, plan: AttentionPlan, decode: SparseDecodeRow, layer: int, *, scale: float
 ) -> torch.Tensor:
-    num_rows, num_columns = queries.shape[0], prefill.slots.shape[0]
-    keys = key_pool.index_select(0, prefill.slots).transpose(0, 1)  # [Hkv, N, D]
-    values = value_pool.index_select(0, prefill.slots).transpose(0, 1)
-    mask = None
-    if prefill.start > 0 and num_rows > 1:
-        mask = torch.ones(num_rows, num_columns, dtype=torch.bool, device=queries.device).tril(prefill.start)
+    query = queries[decode.row : decode.row + 1]  # [1, H, D]
+    key_pool, value_pool = plan.store.keys[layer], plan.store.values[layer]
+    slots = decode.context.slots
+    num_tokens = slots.shape[0]
+    decode.selection.record(layer, query, torch.tensor([num_tokens - 1], device=query.device))
+    if decode.order.refresh:
+        budget_tokens = decode.order.budget_tokens
+        coverage = decode.selection.refresh(layer, key_pool, slots, budget_tokens=budget_tokens, scale=scale)
+        if coverage is not None:
+            decode.measured.coverage.append(coverage)
+    if decode.order.dense or layer in plan.dense_layers:
+        return paged_decode(query, key_pool, value_pool, slots[None, None], None, scale=scale)
+    columns, valid = decode.selection.kept_columns(layer, num_tokens)
+    kept_slots = slots[columns].unsqueeze(0)  # [1, Hs, M]
+    return paged_decode(query, key_pool, value_pool, kept_slots, valid.unsqueeze(0), scale=scale)
+
+
+def _prefill(
+    queries: torch.Tensor, plan: AttentionPlan, prefill: PrefillRows, layer: int, *, scale: float
+) -> torch.Tensor:
+    if prefill.capture is not None:
+        positions = torch.arange(prefill.start, prefill.start + queries.shape[0], device=queries.device)
+        prefill.capture.record(layer, queries, positions)
+    if prefill.order is not None and layer not in plan.dense_layers:
+        return _sparse_prefill(queries, plan, prefill, prefill.order, layer, scale=scale)
     output = F.scaled_dot_product_attention(
         queries.transpose(0, 1).unsqueeze(0),
-        keys.unsqueeze(0),
-        values.unsqueeze(0),
-        attn_mask=mask,
+        prefill.context.read(plan.store.keys_by_head[layer]),
+        prefill.context.read(plan.store.values_by_head[layer]),
+        attn_mask=prefill.causal_bias,
         is_causal=prefill.start == 0,
         scale=scale,
         enable_gqa=True,
@@ -167,57 +212,32 @@ def _dense_prefill(
 
 def _sparse_prefill(
     queries: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    prefill: PrefillRows,
     plan: AttentionPlan,
+    prefill: PrefillRows,
+    order: SparsePrefill,
+    layer: int,
     *,
     scale: float,
 ) -> torch.Tensor:
-    assert prefill.order is not None and prefill.measured is not None, "a sparse chunk has an order and an account"
     outcome = attend(
         queries,
-        key_pool,
-        value_pool,
-        prefill.slots,
+        plan.store.keys[layer],
+        plan.store.values[layer],
+        prefill.context.slots,
         start=prefill.start,
-        order=prefill.order,
+        order=order,
         config=plan.prefill_config,
         method=plan.prefill_method,
         scale=scale,
     )
+    measured = prefill.measured
+    assert measured is not None, "a sparse chunk has an account"
     if outcome.coverage is not None:
-        prefill.measured.coverage.append(outcome.coverage)
-    prefill.measured.cells_computed.append(outcome.cells_computed)
-    prefill.measured.dense_heads.append(outcome.dense_heads)
-    prefill.measured.cells_total += outcome.cells_total
+        measured.coverage.append(outcome.coverage)
+    measured.cells_computed.append(outcome.cells_computed)
+    measured.dense_heads.append(outcome.dense_heads)
+    measured.cells_total += outcome.cells_total
     return outcome.output
-
-
-def _sparse_decode(
-    query: torch.Tensor,  # [1, H, D]
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    decode: SparseDecodeRow,
-    layer: int,
-    *,
-    is_dense: bool,
-    scale: float,
-) -> torch.Tensor:
-    num_tokens = decode.slots.shape[0]
-    position = torch.tensor([num_tokens - 1], device=query.device)
-    decode.selection.record(layer, query, position)
-    if decode.refresh:
-        coverage = decode.selection.refresh(
-            layer, key_pool, decode.slots, budget_tokens=decode.budget_tokens, scale=scale
-        )
-        if coverage is not None:
-            decode.measured.coverage.append(coverage)
-    if is_dense:
-        return paged_decode(query, key_pool, value_pool, decode.slots[None, None], None, scale=scale)
-    columns, valid = decode.selection.kept_columns(layer, num_tokens)
-    slots = decode.slots[columns].unsqueeze(0)  # [1, Hs, M]
-    return paged_decode(query, key_pool, value_pool, slots, valid.unsqueeze(0), scale=scale)
 
 
 def register_socket() -> None:

@@ -4,13 +4,22 @@ Keeps per turn what only the device needs between steps: where its tokens lie, a
 device happens here or below; anything that decides happens above.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from loopserve.attention import AttentionPlan, DenseDecodeRows, Measured, PrefillRows, SparseDecodeRow
+from loopserve.attention import (
+    AttentionPlan,
+    Context,
+    DecodeGroup,
+    Measured,
+    PrefillRows,
+    SparseDecodeRow,
+    causal_bias,
+)
 from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import TurnId
 from loopserve.errors import ConfigError
@@ -40,7 +49,26 @@ class _TurnState:
     slots: torch.Tensor  # int64 [room], of the first `num_blocks` blocks of its table
     num_blocks: int
     epoch: int
+    is_run: bool = True  # the blocks follow each other
     selection: TurnSelection | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A segment, what the device keeps of its turn, and where its tokens lie."""
+
+    segment: Segment
+    state: _TurnState
+    context: Context
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The segments in the order of their rows, what attention needs to know of them, and where it reports."""
+
+    segments: tuple[Segment, ...]
+    plan: AttentionPlan
+    measured: dict[TurnId, Measured]
 
 
 class ModelRunner:
@@ -69,106 +97,92 @@ class ModelRunner:
         for turn_id in plan.ended_turns:
             self._turns.pop(turn_id, None)
         self._store.copy_blocks(plan.copies)
-        attention_plan, measured = self._attention_plan(plan.segments)
+        layout = self._layout(plan.segments)
         device = self._loaded.device
-        token_ids = torch.tensor([t for s in plan.segments for t in s.token_ids], device=device)
-        positions = [p for s in plan.segments for p in range(s.start, s.start + len(s.token_ids))]
+        token_ids = [token_id for segment in layout.segments for token_id in segment.token_ids]
+        positions = [p for segment in layout.segments for p in range(segment.start, _end(segment))]
         output = self._loaded.model(
-            input_ids=token_ids.unsqueeze(0),
+            input_ids=torch.tensor([token_ids], device=device),
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(_sampled_rows(plan.segments), device=device, dtype=torch.long),
-            attention_plan=attention_plan,
+            logits_to_keep=torch.tensor(_sampled_rows(layout.segments), device=device, dtype=torch.long),
+            attention_plan=layout.plan,
         )
-        tokens = self._draw(output.logits[0], plan.segments)
-        quality = tuple(account.summed(turn_id) for turn_id, account in measured.items())
+        tokens = _draw(output.logits[0], layout.segments)
+        quality = tuple(account.summed(turn_id) for turn_id, account in layout.measured.items())
         return StepResult(tokens=tokens, quality=quality)
 
-    def _draw(self, logits: torch.Tensor, segments: Sequence[Segment]) -> tuple[SampledToken, ...]:
-        sampled = [(segment.turn_id, segment.sample) for segment in segments if segment.sample is not None]
-        draws = sample(logits, [order for _, order in sampled])
-        return tuple(
-            SampledToken(turn_id, draw.token_id, draw.logprobs)
-            for (turn_id, _), draw in zip(sampled, draws, strict=True)
-        )
+    def _layout(self, segments: Sequence[Segment]) -> _Layout:
+        """Order the segments as an AttentionPlan wants its rows, and write that plan."""
+        placed = [_Placed(segment, self._state(segment), self._context(segment)) for segment in segments]
+        sparse = [p for p in placed if p.segment.decode is not None]
+        single = [p for p in placed if p.segment.decode is None and _is_plain_row(p.segment)]
+        runs = [p for p in single if p.context.run_start is not None]
+        groups = _groups_of_like_length([p for p in single if p.context.run_start is None])
+        chunks = [p for p in placed if p.segment.decode is None and not _is_plain_row(p.segment)]
+        ordered = [*runs, *itertools.chain.from_iterable(groups), *sparse, *chunks]
 
-    def _attention_plan(self, segments: Sequence[Segment]) -> tuple[AttentionPlan, dict[TurnId, Measured]]:
-        measured: dict[TurnId, Measured] = {}
-        prefills: list[PrefillRows] = []
-        sparse_decodes: list[SparseDecodeRow] = []
-        dense: list[tuple[int, torch.Tensor]] = []
-        write_slots: list[torch.Tensor] = []
-        row = 0
-        for segment in segments:
-            state = self._state(segment)
-            end = segment.start + len(segment.token_ids)
-            slots = state.slots[:end]
-            write_slots.append(slots[segment.start :])
-            if segment.prefill is not None or segment.decode is not None:
-                measured[segment.turn_id] = Measured()
-            if segment.decode is not None:
-                sparse_decodes.append(self._sparse_decode(segment, state, row, slots, measured[segment.turn_id]))
-            elif len(segment.token_ids) == 1 and segment.prefill is None and not segment.capture_queries:
-                dense.append((row, slots))
-            else:
-                rows = slice(row, row + len(segment.token_ids))
-                prefills.append(self._prefill(segment, state, rows, slots, measured.get(segment.turn_id)))
-            row += len(segment.token_ids)
-        attention_plan = AttentionPlan(
+        lengths = [len(p.segment.token_ids) for p in ordered]
+        starts = itertools.accumulate(lengths, initial=0)
+        first_row = {p.segment.turn_id: row for p, row in zip(ordered, starts, strict=False)}
+        measured = {
+            p.segment.turn_id: Measured()
+            for p in ordered
+            if p.segment.prefill is not None or p.segment.decode is not None
+        }
+        plan = AttentionPlan(
             store=self._store,
-            write_slots=torch.cat(write_slots),
-            prefills=prefills,
-            dense_decodes=[self._dense_group(group) for group in _groups_of_like_length(dense)],
-            sparse_decodes=sparse_decodes,
+            write_slots=torch.cat([p.context.slots[p.segment.start :] for p in ordered]),
+            run_decodes=[p.context for p in runs],
+            decode_groups=[self._group(group, first_row[group[0].segment.turn_id]) for group in groups],
+            sparse_decodes=[_sparse_row(p, first_row[p.segment.turn_id], measured[p.segment.turn_id]) for p in sparse],
+            prefills=[self._prefill(p, first_row[p.segment.turn_id], measured.get(p.segment.turn_id)) for p in chunks],
             prefill_config=self._config.prefill,
             prefill_method=self._prefill_method,
             dense_layers=frozenset(self._config.decode.dense_layers),
         )
-        return attention_plan, measured
+        return _Layout(tuple(p.segment for p in ordered), plan, measured)
 
-    def _prefill(
-        self, segment: Segment, state: _TurnState, rows: slice, slots: torch.Tensor, measured: Measured | None
-    ) -> PrefillRows:
+    def _context(self, segment: Segment) -> Context:
+        state = self._state(segment)
+        is_view = (
+            state.is_run and self._loaded.device.type == "cpu"
+        )  # elsewhere the kernels read through the slots anyway
+        return Context(
+            slots=state.slots[: _end(segment)],
+            run_start=segment.block_table[0] * BLOCK_TOKENS if is_view else None,
+        )
+
+    def _prefill(self, placed: _Placed, first_row: int, measured: Measured | None) -> PrefillRows:
+        segment, loaded = placed.segment, self._loaded
         if segment.capture_queries:
-            state.selection = self._new_selection()
+            placed.state.selection = self._new_selection()
+        num_rows = len(segment.token_ids)
+        bias = None
+        if segment.prefill is None or self._config.decode.dense_layers:  # some layer computes the chunk dense
+            bias = causal_bias(num_rows, segment.start, dtype=loaded.dtype, device=loaded.device)
         return PrefillRows(
-            turn_id=segment.turn_id,
-            rows=rows,
-            slots=slots,
+            rows=slice(first_row, first_row + num_rows),
+            context=placed.context,
             start=segment.start,
             order=segment.prefill,
-            capture=state.selection if segment.capture_queries else None,
+            capture=placed.state.selection if segment.capture_queries else None,
             measured=measured,
+            causal_bias=bias,
         )
 
-    def _sparse_decode(
-        self, segment: Segment, state: _TurnState, row: int, slots: torch.Tensor, measured: Measured
-    ) -> SparseDecodeRow:
-        order = segment.decode
-        assert order is not None and state.selection is not None, "a sparse decode follows a captured prefill"
-        return SparseDecodeRow(
-            turn_id=segment.turn_id,
-            row=row,
-            slots=slots,
-            selection=state.selection,
-            budget_tokens=order.budget_tokens,
-            refresh=order.refresh,
-            dense=order.dense,
-            measured=measured,
-        )
-
-    def _dense_group(self, group: Sequence[tuple[int, torch.Tensor]]) -> DenseDecodeRows:
+    def _group(self, group: Sequence[_Placed], first_row: int) -> DecodeGroup:
         device = self._loaded.device
-        lengths = [slots.shape[0] for _, slots in group]
+        lengths = [placed.context.slots.shape[0] for placed in group]
         longest = max(lengths)
         padded = torch.full((len(group), longest), NULL_BLOCK * BLOCK_TOKENS, dtype=torch.long, device=device)
-        for index, (_, slots) in enumerate(group):
-            padded[index, : slots.shape[0]] = slots
+        for row, placed in zip(padded, group, strict=True):
+            row[: placed.context.slots.shape[0]] = placed.context.slots
         valid = None
         if min(lengths) < longest:
             valid = torch.arange(longest, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)  # [R, M]
-        return DenseDecodeRows(
-            rows=torch.tensor([row for row, _ in group], device=device),
+        return DecodeGroup(
+            rows=slice(first_row, first_row + len(group)),
             slots=padded.unsqueeze(1),
             valid=None if valid is None else valid.unsqueeze(1),
         )
@@ -181,7 +195,12 @@ class ModelRunner:
             state = _TurnState(slots=empty, num_blocks=0, epoch=segment.table_epoch, selection=selection)
             self._turns[segment.turn_id] = state
         if len(segment.block_table) > state.num_blocks:
-            fresh = torch.tensor(segment.block_table[state.num_blocks :], device=self._loaded.device)
+            fresh_blocks = segment.block_table[state.num_blocks :]
+            fresh = torch.tensor(fresh_blocks, device=self._loaded.device)
+            before = segment.block_table[max(0, state.num_blocks - 1) : -1]
+            state.is_run &= all(
+                b == a + 1 for a, b in zip(before, segment.block_table[max(1, state.num_blocks) :], strict=True)
+            )
             slots = (fresh.unsqueeze(1) * BLOCK_TOKENS + self._block_offsets).flatten()
             state.slots = torch.cat((state.slots, slots))
             state.num_blocks = len(segment.block_table)
@@ -222,21 +241,40 @@ def num_pool_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
     return int(num_blocks)
 
 
+def _end(segment: Segment) -> int:
+    return segment.start + len(segment.token_ids)
+
+
+def _is_plain_row(segment: Segment) -> bool:
+    """One row that reads everything and leaves nothing behind: a dense decode, or a prefill of a single token."""
+    return len(segment.token_ids) == 1 and segment.prefill is None and not segment.capture_queries
+
+
+def _sparse_row(placed: _Placed, row: int, measured: Measured) -> SparseDecodeRow:
+    order, selection = placed.segment.decode, placed.state.selection
+    assert order is not None and selection is not None, "a sparse decode follows a captured prefill"
+    return SparseDecodeRow(row=row, context=placed.context, selection=selection, order=order, measured=measured)
+
+
+def _draw(logits: torch.Tensor, segments: Sequence[Segment]) -> tuple[SampledToken, ...]:
+    sampled = [(segment.turn_id, segment.sample) for segment in segments if segment.sample is not None]
+    draws = sample(logits, [order for _, order in sampled])
+    return tuple(
+        SampledToken(turn_id, draw.token_id, draw.logprobs) for (turn_id, _), draw in zip(sampled, draws, strict=True)
+    )
+
+
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:
-    rows, row = [], -1
-    for segment in segments:
-        row += len(segment.token_ids)
-        if segment.sample is not None:
-            rows.append(row)
-    return rows
+    last_rows = itertools.accumulate(len(segment.token_ids) for segment in segments)
+    return [row - 1 for segment, row in zip(segments, last_rows, strict=True) if segment.sample is not None]
 
 
-def _groups_of_like_length(rows: Sequence[tuple[int, torch.Tensor]]) -> list[list[tuple[int, torch.Tensor]]]:
+def _groups_of_like_length(rows: Sequence[_Placed]) -> list[list[_Placed]]:
     """Split decode rows so that padding each group to its longest context wastes little."""
-    groups: list[list[tuple[int, torch.Tensor]]] = []
+    groups: list[list[_Placed]] = []
     needed = 0
-    for row in sorted(rows, key=lambda item: item[1].shape[0]):
-        length = row[1].shape[0]
+    for row in sorted(rows, key=lambda placed: placed.context.slots.shape[0]):
+        length = row.context.slots.shape[0]
         if groups and (len(groups[-1]) + 1) * length <= _PADDING_RATIO_MAX * (needed + length):
             groups[-1].append(row)
             needed += length

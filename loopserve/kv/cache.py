@@ -135,7 +135,7 @@ class KVCache:
         if missing > self._pool.num_free:
             return False
         for _ in range(missing):
-            block = self._pool.allocate()
+            block = self._pool.allocate(table.blocks[-1] if table.blocks else None)
             assert block is not None, "num_free promised a block"
             table.blocks.append(block)
         return True

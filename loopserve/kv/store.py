@@ -29,7 +29,9 @@ class KVStore:
         shape = (num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.device = device
+        # The same memory as [1, Hkv, S, D]: attention over a run of slots then needs one narrowing a layer, not three views.
+        self.keys_by_head = [pool.transpose(0, 1).unsqueeze(0) for pool in self.keys]
+        self.values_by_head = [pool.transpose(0, 1).unsqueeze(0) for pool in self.values]
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Carry out copy orders one after the other: a later one may read what an earlier one wrote."""
