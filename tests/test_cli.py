@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -18,6 +19,7 @@ from loopserve.cli.client import ChatClient, ChatOptions, sse_data
 from loopserve.cli.dialogue_file import ScriptedDialogue, ScriptedTurn, read_dialogues
 from loopserve.cli.player import PlayedDialogue, PlayedTurn, Terms, play_all
 from loopserve.cli.replay import as_record, report
+from loopserve.cli.serve import welcome
 from loopserve.dialogue import FinishReason, Message, Mode, QualityContract, QualityReport, SamplingParams, TurnUsage
 from loopserve.errors import EngineUnavailable, InvalidRequest, Overloaded
 
@@ -185,6 +187,15 @@ def test_something_else_on_the_port_is_not_taken_for_a_server() -> None:
     client = ChatClient("http://server", transport=httpx.MockTransport(lambda _: httpx.Response(200, text="<html>")))
     with pytest.raises(EngineUnavailable, match="not like an OpenAI-compatible server"):
         client.served_model()
+
+
+def test_the_command_that_serve_suggests_can_be_pasted() -> None:
+    out = io.StringIO()
+    Console(file=out, soft_wrap=True).print(welcome("http://127.0.0.1:8123", "it's [bold]mine", num_replicas=2))
+    command = shlex.split(next(line for line in out.getvalue().splitlines() if "curl" in line))
+    assert command[:2] == ["curl", "http://127.0.0.1:8123/v1/chat/completions"]
+    assert json.loads(command[-1])["model"] == "it's [bold]mine"
+    assert "loopserve chat --url http://127.0.0.1:8123" in out.getvalue()
 
 
 def write_dialogues(path: Path, *lines: str) -> Path:

@@ -133,7 +133,6 @@ def test_the_openai_example_finds_its_conversation_cached_and_sparse(server: str
     assert "What is my locker? -> " in printed
 
 
-@pytest.mark.serve
 def test_the_library_example_prints_an_answer() -> None:
     assert run(block("python", "run", "from loopserve.engine")).strip()
 

@@ -3,7 +3,9 @@
 `deploy/` stands a floor above and is imported when the command runs, so the rest of the command line works without a cluster.
 """
 
-from typing import Annotated
+import json
+import shlex
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,15 +20,30 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; auto if not given.")] = None,
 ) -> None:
     """Serve OpenAI's API until Ctrl-C. HOST, PORT, REPLICAS, MODEL and DEVICE in the environment count as well."""
-    from deploy.app import run
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("[dim]LoopServe: starting Ray on this machine, then loading the model ...[/]")
+    from deploy.local import RunEvent, Stage, run
     from deploy.settings import DeploySettings
 
-    options = {"host": host, "port": port, "replicas": replicas, "model": model, "device": device}
+    options: dict[str, Any] = {"host": host, "port": port, "replicas": replicas, "model": model, "device": device}
     settings = DeploySettings.from_env(**{name: value for name, value in options.items() if value is not None})
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    num = "one replica" if settings.replicas == 1 else f"{settings.replicas} replicas"
-    console.print(
-        f"LoopServe starts [bold]{escape(settings.model or 'the shipped model')}[/] as {num} on Ray Serve"
-        f" ({settings.device} device); Ctrl-C ends everything."
+
+    def tell(event: RunEvent) -> None:
+        if event.stage is Stage.READY:
+            console.print(welcome(event.url, event.model, num_replicas=settings.replicas))
+        elif event.stage is Stage.STOPPING:
+            console.print("[dim]Stopping ...[/]")
+
+    run(settings, on_event=tell)
+
+
+def welcome(url: str, model: str, *, num_replicas: int) -> str:
+    """What is served and what to try, as rich markup; the command can be pasted as it stands."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Remember: locker 4417."}]})
+    chat = "loopserve chat" if url == "http://127.0.0.1:8000" else f"loopserve chat --url {url}"
+    num = "1 replica" if num_replicas == 1 else f"{num_replicas} replicas"
+    return (
+        f"[bold green]Ready:[/] [bold]{escape(model)}[/] at [bold]{escape(url)}/v1[/] ({num}). Ctrl-C ends everything.\n\n"
+        f"  curl {escape(url)}/v1/chat/completions -H 'Content-Type: application/json' -d {escape(shlex.quote(body))}\n"
+        f"  {escape(chat)}\n"
     )
-    run(settings)
