@@ -3,8 +3,8 @@
 A chat template may rewrite history, and text may tokenise differently from what was generated. So the service keeps *transcripts*: the
 token ids of past turns with *marks*, places where the rendered text so far and the token ids so far belong together.
 
-    text   | system and turns before | user ... assistant:| the answer | end of turn |
-    marks                            ^      prompt's end ^            ^             ^
+    text   | system and turns before | user ... assistant: | the answer | end of turn, user ... assistant: |
+    marks                            ^         prompt's end ^            ^ answer's end      prompt's end ^
     ids    | reused as they were, up to the longest mark whose text the new rendering repeats | the rest, tokenised anew |
 
 A mark keeps a digest of its text, not the text. What follows the last common mark is the engine's business: it takes the longest common
@@ -490,21 +490,20 @@ class _Prompt:
     digest: "hashlib.blake2b | None" = None  # of the prompt's text
 
     def with_answer(self, answer: AnswerText, vocabulary: Vocabulary) -> _Transcript | None:
-        """The transcript with marks in the answer: where its trailing white space begins (templates like to trim), where its visible text
-        ends, and after the special token that ended it. None if no mark fits."""
+        """The transcript with marks in the answer, where its trailing white space begins (templates like to trim) and where its visible
+        text ends; None if no mark fits.
+
+        The special token that ended the answer needs none: where the template writes it, its text is tokenised to just that token.
+        """
         if self.transcript is None or self.digest is None or not vocabulary.is_exact:
             return None
-        pieces = [vocabulary.token_bytes(token_id) for token_id in answer.token_ids]
         special = [vocabulary.is_special(token_id) for token_id in answer.token_ids]
-        num_plain = min(special.index(True) if True in special else len(special), answer.num_visible_tokens)
-        raw = _valid_start(b"".join(pieces[:num_plain]))
-        ends = [0, *accumulate(len(piece) for piece in pieces[:num_plain])]
-        num_bytes = (len(raw.decode().rstrip().encode()), len(raw))
-        counts = {
-            max(n for n, end in enumerate(ends) if end <= limit and _is_boundary(raw, end)) for limit in num_bytes
-        }
-        if num_plain in counts and num_plain < len(pieces) and special[num_plain]:
-            counts.add(num_plain + 1)
+        num_plain = min([*special, True].index(True), answer.num_visible_tokens)
+        pieces = [vocabulary.token_bytes(token_id) for token_id in answer.token_ids[:num_plain]]
+        raw = _valid_start(b"".join(pieces))
+        ends = [0, *accumulate(len(piece) for piece in pieces)]
+        limits = (len(raw.decode().rstrip().encode()), len(raw))
+        counts = {max(n for n, end in enumerate(ends) if end <= limit and _is_boundary(raw, end)) for limit in limits}
         digest, marks, num_chars, start = self.digest.copy(), [], self.transcript.marks[-1].num_chars, 0
         for count in sorted(counts - {0}):
             part = b"".join(pieces[start:count])

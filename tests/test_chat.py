@@ -46,9 +46,16 @@ INST = (
 )
 
 
+def spelt(text: str) -> str:
+    """The text's bytes in GPT-2's alphabet, one character each."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+
+
 def byte_level(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """Bytes and a few merges, so that one text has several tokenisations."""
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("u", "s")]
+    (_, middle, last), space = spelt("你"), spelt(" ")
+    merges += [(middle, last), (middle + last, space)]  # the end of a character and a space in one token
     vocab = {p: i for i, p in enumerate([*sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -142,17 +149,11 @@ class FakeEngine:
 
     def letters(self, text: str) -> list[int]:
         """One token a byte: what the tokenizer itself would never produce for "hello"."""
-        return [i for byte in text.encode() for i in self.tokenizer.convert_tokens_to_ids([BYTE_CHARS[byte]])]
+        return self.tokenizer.convert_tokens_to_ids(list(spelt(text)))
 
     @property
     def eos(self) -> int:
         return self.tokenizer.eos_token_id
-
-
-BYTE_CHARS = {
-    byte: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(chr(byte))[0][0]
-    for byte in range(128)
-}
 
 
 def user(text: str) -> Message:
@@ -310,6 +311,19 @@ def test_an_answer_cut_inside_a_character_is_reused_up_to_the_last_whole_one():
     start = (*engine.requests[0].prompt_ids, *engine.letters("hello"))
     assert continued[: len(start)] == start
     assert "hello�<|im_end|>" in engine.tokenizer.decode(continued)
+
+
+def test_no_mark_falls_inside_a_character_that_a_token_shares_with_trailing_space():
+    engine = FakeEngine(byte_level(TRIMMING))
+    service = ChatService(engine)
+    first, middle, last = spelt("你")
+    said = engine.tokenizer.convert_tokens_to_ids([*spelt("hello"), first, middle + last + spelt(" ")])
+    engine.script = [(said, FinishReason.STOP)]
+    assert text_of(answer(service, chat(user("a")))) == "hello你 "
+    continued = prompt_ids(engine, service, chat(user("a"), assistant("hello你 "), user("b")))
+    start = (*engine.requests[0].prompt_ids, *engine.letters("hello"))
+    assert continued[: len(start)] == start
+    assert "hello你<|im_end|>" in engine.tokenizer.decode(continued)
 
 
 def test_sessions_do_not_see_each_other_and_can_be_forgotten():
