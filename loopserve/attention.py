@@ -178,12 +178,14 @@ def _sparse_decode(
     slots = decode.context.slots
     num_tokens = slots.shape[0]
     decode.selection.record(layer, query, torch.tensor([num_tokens - 1], device=query.device))
-    if decode.order.refresh:
-        budget_tokens = decode.order.budget_tokens
-        coverage = decode.selection.refresh(layer, key_pool, slots, budget_tokens=budget_tokens, scale=scale)
+    order = decode.order
+    if order.measure:
+        coverage = decode.selection.refresh(
+            layer, key_pool, slots, budget_tokens=order.budget_tokens, scale=scale, choose=order.choose
+        )
         if coverage is not None:
             decode.measured.coverage.append(coverage)
-    if decode.order.dense or layer in plan.dense_layers:
+    if order.dense or layer in plan.dense_layers:
         return paged_decode(query, key_pool, value_pool, slots[None, None], None, scale=scale)
     columns, valid = decode.selection.kept_columns(layer, num_tokens)
     kept_slots = slots[columns].unsqueeze(0)  # [1, Hs, M]

@@ -96,6 +96,10 @@ class DecodeSparsity:
             "decode.coverage_alpha is a share in (0, 1]",
         )
 
+    def refresh_due(self, decode_step: int) -> bool:
+        """Whether decode step 1, 2, ... since the prefill measures coverage, whatever the method; progressive ones choose again."""
+        return decode_step == 1 or decode_step in self.early_refreshes or decode_step % self.refresh_outputs == 0
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from loopserve.admission import Limits, check_request
 from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import FinishReason, SessionId, TurnEnded, TurnEvent, TurnId, TurnRequest
-from loopserve.errors import ConfigError, EngineUnavailable, NotFound, Overloaded
+from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, NotFound, Overloaded
 from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel, load_model
 from loopserve.quality import TurnPolicy
@@ -73,7 +73,7 @@ class Engine:
             config,
             self._cache,
             self._sessions,
-            refresh_due=lambda steps: decode_method.refresh_due(steps, config.decode),
+            choice_due=lambda steps: decode_method.choice_due(steps, config.decode),
             num_planes=loaded.num_layers * loaded.num_heads,
             clock=clock,
         )
@@ -132,6 +132,7 @@ class Engine:
         with self._work:
             if self._failure is not None or self._is_stopping:
                 raise EngineUnavailable(self._failure or "The engine is shutting down.")
+            self._check_salt(request)
             room = self._config.max_waiting_turns - self._scheduler.num_waiting
             if request.num_branches > room:
                 raise Overloaded(
@@ -247,6 +248,18 @@ class Engine:
                 )
             )
         return turns
+
+    def _check_salt(self, request: TurnRequest) -> None:
+        """Refuse a second salt for a session here: on the engine thread it would be too late to tell the client."""
+        session_id = request.session_id
+        salts = {turn.request.cache_salt for turn in self._scheduler.turns() if turn.request.session_id == session_id}
+        known = self._sessions.find(session_id)
+        if known is not None:
+            salts.add(known.salt)
+        if salts - {request.cache_salt}:
+            raise InvalidRequest(
+                f"Session {session_id!r} belongs to another cache salt; use another session id.", param="session_id"
+            )
 
     def _carry_out_requests(self) -> None:
         """End what was cancelled, forget what was released. Between steps only; the lock is held."""

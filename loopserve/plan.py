@@ -41,12 +41,14 @@ class SparsePrefill:
 class SparseDecode:
     """Read a token selection instead of the whole context.
 
-    `refresh` re-chooses the selection in this step before it is read. `dense` reads everything all the same (a fallback
-    window), while the selection and its coverage are still kept up.
+    `measure` compares the selection in use with the dense weights of the queries that used it; `choose` chooses it anew in the
+    same pass, before it is read. `dense` reads everything all the same (a fallback window), while the selection and its coverage
+    are still kept up.
     """
 
     budget_tokens: int
-    refresh: bool
+    measure: bool
+    choose: bool
     dense: bool
 
 

@@ -31,7 +31,7 @@ from loopserve.sessions import SessionTable
 from loopserve.stats import StepStats, TurnStats
 from loopserve.turn import Turn
 
-RefreshDue = Callable[[int], bool]  # decode steps since the prefill, this one included -> choose again?
+ChoiceDue = Callable[[int], bool]  # decode steps since the prefill, this one included -> does the method choose again?
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Scheduler:
         cache: KVCache,
         sessions: SessionTable,
         *,
-        refresh_due: RefreshDue,
+        choice_due: ChoiceDue,
         num_planes: int,
         clock: Callable[[], float],
     ) -> None:
@@ -59,7 +59,7 @@ class Scheduler:
         self._config = config
         self._cache = cache
         self._sessions = sessions
-        self._refresh_due = refresh_due
+        self._choice_due = choice_due
         self._num_planes = num_planes
         self._clock = clock
         self._waiting: deque[Turn] = deque()
@@ -298,14 +298,15 @@ class Scheduler:
 
     def _sparse_decode(self, turn: Turn, context_tokens: int) -> SparseDecode:
         turn.decode_steps += 1
-        refresh = self._refresh_due(turn.decode_steps)
-        if refresh:
+        choose = self._choice_due(turn.decode_steps)
+        if choose:
             turn.budget_at_choice = self._budget(turn)
             turn.chosen_at_tokens = context_tokens
             turn.tally.refreshes += 1
         if turn.leased_branch.sparse_from is None and not turn.window_dense:
             turn.leased_branch.sparse_from = context_tokens - 1
-        return SparseDecode(budget_tokens=turn.budget_at_choice, refresh=refresh, dense=turn.window_dense)
+        measure = choose or turn.policy.decode.refresh_due(turn.decode_steps)
+        return SparseDecode(turn.budget_at_choice, measure=measure, choose=choose, dense=turn.window_dense)
 
     def _budget(self, turn: Turn) -> int:
         return self.budget_tokens if turn.policy.budget_tokens is None else turn.policy.budget_tokens

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import SessionId, TokenId, TurnId
-from loopserve.errors import InvalidRequest, NotFound
+from loopserve.errors import NotFound
 from loopserve.kv.cache import BlockTable, KVCache
 from loopserve.stats import Occupancy
 
@@ -93,22 +93,25 @@ class SessionTable:
     def __iter__(self) -> Iterator[Session]:
         return iter(self._sessions.values())
 
+    def find(self, session_id: SessionId) -> Session | None:
+        """The session, if it is here."""
+        return self._sessions.get(session_id)
+
     def get(self, session_id: SessionId) -> Session:
         """The session. Raises NotFound."""
-        try:
-            return self._sessions[session_id]
-        except KeyError:
-            raise NotFound(f"There is no session {session_id!r} on this replica.", param="session_id") from None
+        session = self.find(session_id)
+        if session is None:
+            raise NotFound(f"There is no session {session_id!r} on this replica.", param="session_id")
+        return session
 
     def open(self, session_id: SessionId, *, salt: str) -> Session:
-        """The session, made if it is new. Raises InvalidRequest when it belongs to another cache salt."""
+        """The session, made if it is new. A session keeps its salt; whoever accepts turns refuses another one."""
         session = self._sessions.get(session_id)
         if session is None:
             self._drop_oldest_idle()
             session = Session(session_id=session_id, salt=salt, last_used_s=self._clock())
             self._sessions[session_id] = session
-        elif session.salt != salt:
-            raise InvalidRequest(f"Session {session_id!r} belongs to another cache salt.", param="session_id")
+        assert session.salt == salt, "a session keeps its salt"
         self._sessions.move_to_end(session_id)
         return session
 

@@ -32,7 +32,7 @@ class TokenChoice:
 class DecodeMethod(Protocol):
     """A way to choose tokens, and the steps at which that is due; stateless."""
 
-    def refresh_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
+    def choice_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
         """Whether decode step `num_outputs` chooses again: it feeds output `num_outputs` (1, 2, ...) and predicts the next. Host only."""
 
     def choose(
@@ -78,7 +78,7 @@ class TurnSelection:
         self._positions = torch.zeros((num_layers, rows), device=device, dtype=torch.int64)
         # Host counts per layer: layers record and choose one after the other within a step.
         self._num_recorded = [0] * num_layers
-        self._recorded_at_choice = [0] * num_layers
+        self._num_measured = [0] * num_layers  # recorded rows that coverage has seen
         self._choices: list[_Choice | None] = [None] * num_layers
 
     def record(self, layer: int, query: Tensor, positions: Tensor) -> None:
@@ -94,27 +94,26 @@ class TurnSelection:
         self._num_recorded[layer] += query.shape[0]
 
     def refresh(
-        self, layer: int, key_pool: Tensor, slots: Tensor, *, budget_tokens: int, scale: float
+        self, layer: int, key_pool: Tensor, slots: Tensor, *, budget_tokens: int, scale: float, choose: bool = True
     ) -> Tensor | None:
-        """Choose again for a layer from its N = len(slots) columns, and say how good the choice that ends was.
+        """Say how good a layer's choice was since the last call and, unless `choose` is off, choose again from its N = len(slots) columns.
 
-        key_pool [S, Hkv, D], slots int64 [N]. Returns the share of dense weight that the old choice held under the recorded
-        queries since it was made, float32 [H]; None at the first choice. Scores are max-pooled over the candidates alone:
+        key_pool [S, Hkv, D], slots int64 [N]. Returns the share of dense weight that the choice in use held under the queries
+        recorded since the last call, float32 [H]; None before the first choice. Scores are max-pooled over the candidates alone:
         a sink's weight must not leak to its neighbours.
         """
         num_columns = slots.shape[0]
         num_kept = min(self._num_recorded[layer], self._config.scoring_rows)
         assert num_kept > 0, "a choice needs at least one recorded query"
-        num_new = min(self._num_recorded[layer] - self._recorded_at_choice[layer], num_kept)
-        old, coverage = self._choices[layer], None
-        scores = self._score(layer, key_pool, slots, first=num_new, last=num_kept, scale=scale)
-        if num_new > 0:
-            newest = self._score(layer, key_pool, slots, first=0, last=num_new, scale=scale)
-            scores = scores + newest
-            if old is not None:
-                coverage = (self._held_weight(newest, old) / num_new).clamp(max=1.0)  # rounding may exceed
-        self._choices[layer] = self._choose(layer, scores, num_columns, budget_tokens=budget_tokens)
-        self._recorded_at_choice[layer] = self._num_recorded[layer]
+        num_new = min(self._num_recorded[layer] - self._num_measured[layer], num_kept)
+        in_use, coverage = self._choices[layer], None
+        newest = self._score(layer, key_pool, slots, first=0, last=num_new, scale=scale)
+        if in_use is not None and num_new > 0:
+            coverage = (self._held_weight(newest, in_use) / num_new).clamp(max=1.0)  # rounding may exceed
+        if choose:
+            scores = newest + self._score(layer, key_pool, slots, first=num_new, last=num_kept, scale=scale)
+            self._choices[layer] = self._choose(layer, scores, num_columns, budget_tokens=budget_tokens)
+        self._num_measured[layer] = self._num_recorded[layer]
         return coverage
 
     def kept_columns(self, layer: int, num_columns: int) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from loopserve.sparsity.progressive import heaviest
 class FirstBlock:
     """Top B by the scores of the turn's last prefill rows."""
 
-    def refresh_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
-        """See `DecodeMethod.refresh_due`."""
+    def choice_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
+        """See `DecodeMethod.choice_due`."""
         return num_outputs == 1
 
     def choose(

@@ -10,9 +10,9 @@ from loopserve.sparsity.decode import TokenChoice
 class Progressive:
     """Top B by score, at the first step, after a few early outputs, then every `refresh_outputs`."""
 
-    def refresh_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
-        """See `DecodeMethod.refresh_due`."""
-        return num_outputs == 1 or num_outputs in config.early_refreshes or num_outputs % config.refresh_outputs == 0
+    def choice_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
+        """See `DecodeMethod.choice_due`."""
+        return config.refresh_due(num_outputs)
 
     def choose(
         self, scores: Tensor, *, budget_tokens: int, config: DecodeSparsity, layer: int, num_layers: int

@@ -9,8 +9,8 @@ from loopserve.sparsity.decode import TokenChoice
 class Streaming:
     """Chooses nothing; what was recent at the first step stays, and grows."""
 
-    def refresh_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
-        """See `DecodeMethod.refresh_due`."""
+    def choice_due(self, num_outputs: int, config: DecodeSparsity) -> bool:
+        """See `DecodeMethod.choice_due`."""
         return num_outputs == 1
 
     def choose(

@@ -52,7 +52,7 @@ def kept(selection: TurnSelection, num_columns: int, layer: int = 0) -> list[lis
 
 def test_refreshes_are_due_at_the_documented_steps():
     config = DecodeSparsity(early_refreshes=(4, 8), refresh_outputs=16)
-    due = {name: [k for k in range(1, 50) if method.refresh_due(k, config)] for name, method in DECODE_METHODS.items()}
+    due = {name: [k for k in range(1, 50) if method.choice_due(k, config)] for name, method in DECODE_METHODS.items()}
     assert due == {"progressive": [1, 4, 8, 16, 32, 48], "first_block": [1], "streaming": [1]}
 
 
@@ -179,3 +179,17 @@ def test_layers_choose_apart_and_may_be_left_out():
     assert selection.num_kept(50) == 2 + 5 + 6
     with pytest.raises(AssertionError, match="must choose"):
         selection.kept_columns(1, 50)
+
+
+def test_a_choice_that_is_never_made_again_is_still_measured() -> None:
+    config = DecodeSparsity(budget_tokens=8, budget_floor_tokens=1, window_tokens=2, sink_tokens=1, scoring_rows=4)
+    torch.manual_seed(0)
+    keys = torch.randn(40, 1, 8)
+    selection = TurnSelection(1, 2, 1, 8, config, DECODE_METHODS["first_block"], device="cpu", dtype=torch.float32)
+    selection.record(0, torch.randn(3, 2, 8), torch.arange(27, 30))
+    assert selection.refresh(0, keys, torch.arange(30), budget_tokens=8, scale=0.35) is None
+    before = selection.kept_columns(0, 40)[0]
+    selection.record(0, torch.randn(1, 2, 8), torch.tensor([39]))
+    coverage = selection.refresh(0, keys, torch.arange(40), budget_tokens=8, scale=0.35, choose=False)
+    assert coverage is not None and (coverage > 0).all() and (coverage < 1).all()
+    assert torch.equal(selection.kept_columns(0, 40)[0], before)

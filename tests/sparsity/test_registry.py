@@ -23,8 +23,8 @@ def test_prefill_methods_keep_to_their_protocol(name: str):
 def test_decode_methods_keep_to_their_protocol(name: str):
     method = DECODE_METHODS[name]
     assert parameters(type(method).choose) == parameters(DecodeMethod.choose)
-    assert parameters(type(method).refresh_due) == parameters(DecodeMethod.refresh_due)
-    assert method.refresh_due(1, DecodeSparsity())  # nothing can be read before a first choice
+    assert parameters(type(method).choice_due) == parameters(DecodeMethod.choice_due)
+    assert method.choice_due(1, DecodeSparsity())  # nothing can be read before a first choice
 
 
 def test_the_default_methods_are_registered():
