@@ -1,0 +1,84 @@
+"""The Serve application: which deployments there are and how they are set. Topology `two_hop`:
+
+    Serve's proxy -> Ingress -> handle with an affinity key -> EngineReplica
+
+Importable by a cluster's YAML as `deploy.app:application`; a local run is `deploy.local.run`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from deploy.backend import REAL_BACKEND, BackendFactory
+from deploy.deployments import EngineReplica, Ingress
+from deploy.settings import DeploySettings
+from loopserve.config import EngineConfig
+
+APP_NAME = "loopserve"
+ENGINE_DEPLOYMENT = "EngineReplica"
+INGRESS_DEPLOYMENT = "Ingress"
+
+_ONGOING_SLACK = (
+    64  # the engine's own limits must be met first: it answers 429 with a reason, Serve would only move requests around
+)
+
+
+def application(args: Mapping[str, Any]) -> serve.Application:
+    """Builder for a cluster's YAML: settings from the environment, over them `args`."""
+    return build_app(DeploySettings.from_env(**args))
+
+
+def build_app(
+    settings: DeploySettings,
+    *,
+    engine_config: EngineConfig | None = None,
+    factory: str | BackendFactory = REAL_BACKEND,
+) -> serve.Application:
+    """The application, not yet deployed.
+
+    `engine_config` None: from the environment. `factory` builds the inside of a replica: a picklable callable or its dotted path.
+    Raises ConfigError.
+    """
+    config = engine_config or engine_config_for(settings)
+    turns_max = config.max_running_turns + config.max_waiting_turns + _ONGOING_SLACK
+    engines = serve.deployment(EngineReplica, name=ENGINE_DEPLOYMENT).options(
+        num_replicas=settings.replicas,
+        max_ongoing_requests=turns_max,
+        ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
+        health_check_period_s=settings.health_check_period_s,
+        health_check_timeout_s=max(10.0, 2 * settings.health_check_period_s),
+        graceful_shutdown_timeout_s=settings.stop_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=settings.start_attempts,
+        request_router_config=RequestRouterConfig(
+            request_router_class="router.ray_router.AffinityRouter",
+            request_router_kwargs={
+                "spill_turns": settings.spill_turns,
+                "move_cost_factor": settings.move_cost_factor,
+            },
+            request_routing_stats_period_s=settings.routing_stats_period_s,
+        ),
+    )
+    ingress = serve.deployment(Ingress, name=INGRESS_DEPLOYMENT).options(
+        num_replicas=settings.ingress_replicas,
+        max_ongoing_requests=turns_max * settings.replicas,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=settings.stop_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
+    )
+    return ingress.bind(engines.bind(settings, config, factory), settings)
+
+
+def engine_config_for(settings: DeploySettings) -> EngineConfig:
+    """The engine's settings from the environment, with model and device where the deployment names them. Raises ConfigError."""
+    named: dict[str, Any] = {"model": settings.model, "device": "" if settings.device == "auto" else settings.device}
+    return EngineConfig.from_env(**{name: value for name, value in named.items() if value})
+
+
+def _gpus(settings: DeploySettings) -> float:
+    """Share of a GPU per replica; Ray hides all GPUs from an actor that asks for none."""
+    if settings.gpus_per_replica is not None:
+        return settings.gpus_per_replica
+    return 1.0 if settings.device.startswith("cuda") else 0.0

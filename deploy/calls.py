@@ -1,0 +1,84 @@
+"""What travels between ingress and replica: plain picklable records. Hops 1, 3 and 12 of a turn.
+
+    ingress -> replica    TurnCall
+    replica -> ingress    Accepted, bytes*        or        Refusal
+
+`bytes` are ready for the wire: server-sent events of a stream, or the one JSON body. A `Refusal` may also come after `Accepted`, for a
+request without a stream. Whoever reads them parses nothing, so an answer is formatted once, where its tokens arise.
+"""
+
+from dataclasses import dataclass
+
+from deploy.errors import ErrorAnswer
+from deploy.protocol import CompletionCall
+from loopserve.dialogue import SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class TurnCall:
+    """One request on its way to a replica."""
+
+    request: CompletionCall
+    tenant: str  # tenant and cache salt in one; "" where there is neither
+    session_name: str | None  # as the client named it; None: the conversation so far is the identity
+    home: str  # key of its home, see router.identity
+    continuation: str | None  # key of the conversation up to its last answer; None for a first turn
+    response_id: str
+    created: int  # unix seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The turn is in the batch: the status may be 200."""
+
+    session_name: str
+    replica: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The turn was not taken, or failed before anything of it was sent."""
+
+    answer: ErrorAnswer
+    replica: str
+    elsewhere: bool  # another replica may well take it
+
+
+Item = Accepted | Refusal | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """One session as `/v1/sessions` shows it."""
+
+    id: str
+    replica: str
+    num_tokens: int
+    num_cached_tokens: int
+    num_branches: int
+    num_turns: int
+    is_active: bool
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One replica as `/ready` and `/v1/models` need it."""
+
+    replica: str
+    model: str
+    max_session_tokens: int
+    alive: bool
+    loaded_at: int  # unix seconds
+
+
+def engine_session_id(tenant: str, session_name: str) -> SessionId:
+    """The engine's id of a session: tenants are apart, whatever characters their names hold."""
+    return SessionId(f"{tenant.encode().hex()}/{session_name}")
+
+
+def name_in_tenant(tenant: str, session_id: SessionId) -> str | None:
+    """The client's name of an engine session; None if it belongs to another tenant."""
+    owner, _, name = session_id.partition("/")
+    return name if owner == tenant.encode().hex() else None

@@ -1,0 +1,84 @@
+"""Which conversations this replica holds, by the names under which they come back. Hop 3 of a turn; event loop only.
+
+    header-less   continuation key of (messages + answer)  ->  session name
+    any           session name  ->  time of last use, published as claims
+
+Bounded: the least recently used conversation is forgotten first, its client is then met as a new one and only computes again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+KEYS_PER_CONVERSATION = 8  # branches a client can come back to; as many as the engine keeps of a session
+
+
+@dataclass(slots=True)
+class _Conversation:
+    name: str
+    session_key: str
+    last_used_s: float
+    continuations: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+
+class Conversations:
+    """The table. Keys are those of `router.identity`; the clock is unix time, because claims of several replicas are compared."""
+
+    def __init__(self, *, limit: int, clock: Callable[[], float]) -> None:
+        assert limit >= 1
+        self._limit = limit
+        self._clock = clock
+        self._by_session: OrderedDict[str, _Conversation] = (
+            OrderedDict()
+        )  # session key -> conversation, least recent first
+        self._by_continuation: dict[str, str] = {}  # continuation key -> session key
+
+    def __len__(self) -> int:
+        return len(self._by_session)
+
+    def name_of(self, continuation: str | None) -> str | None:
+        """The session that gave the answer a request continues, or None."""
+        found = self._by_continuation.get(continuation or "")
+        return None if found is None else self._by_session[found].name
+
+    def use(self, session_key: str, name: str) -> None:
+        """Note a turn of a session; pushes out the least recently used one beyond the limit."""
+        conversation = self._by_session.setdefault(session_key, _Conversation(name, session_key, 0.0))
+        conversation.last_used_s = self._clock()
+        self._by_session.move_to_end(session_key)
+        if len(self._by_session) > self._limit:
+            self.forget(next(iter(self._by_session)))
+
+    def learn(self, session_key: str, continuation: str) -> None:
+        """An answer was given: its conversation comes back under `continuation`. Ignored for a session that was forgotten meanwhile."""
+        conversation = self._by_session.get(session_key)
+        if conversation is None:
+            return
+        previous = self._by_continuation.get(continuation)
+        if (
+            previous is not None and previous != session_key
+        ):  # two users said and heard the same: the newest session goes on
+            self._by_session[previous].continuations.pop(continuation, None)
+        self._by_continuation[continuation] = session_key
+        conversation.continuations[continuation] = None
+        conversation.continuations.move_to_end(continuation)
+        if len(conversation.continuations) > KEYS_PER_CONVERSATION:
+            oldest, _ = conversation.continuations.popitem(last=False)
+            del self._by_continuation[oldest]
+
+    def forget(self, session_key: str) -> None:
+        """Drop a session and every key of it; an unknown one is ignored."""
+        conversation = self._by_session.pop(session_key, None)
+        for continuation in conversation.continuations if conversation else ():
+            del self._by_continuation[continuation]
+
+    def claims(self, limit: int) -> list[tuple[str, float]]:
+        """(key, last use) of the most recently used conversations, at most `limit` keys: what this replica publishes."""
+        found: list[tuple[str, float]] = []
+        for conversation in reversed(self._by_session.values()):
+            newest = next(reversed(conversation.continuations), None)
+            keys = [conversation.session_key] if newest is None else [conversation.session_key, newest]
+            if len(found) + len(keys) > limit:
+                break
+            found += [(key, conversation.last_used_s) for key in keys]
+        return found

@@ -1,0 +1,92 @@
+"""The two Ray Serve deployments: thin shells around `deploy.replica` and `deploy.ingress`. Nothing is decided here, nothing heavy imported:
+the processes of the ingress and of Serve itself never load torch.
+
+Hop 1 lives in `Ingress`, hop 3 in `EngineReplica`; `deploy.app` binds them together.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deploy.backend import BackendFactory, resolve_factory
+from deploy.calls import Item, ReplicaStatus, SessionView, TurnCall
+from deploy.fleet import RayFleet
+from deploy.ingress import build_api
+from deploy.load import LoadMeter
+from deploy.replica import Replica
+from deploy.settings import DeploySettings
+from loopserve.config import EngineConfig
+from loopserve.errors import LoopServeError
+
+START_FAILED = "loopserve start failed"  # deploy.local finds the reason behind this in Serve's status message
+
+
+class EngineReplica:
+    """One engine. Answers `(its name, value)` to questions, so that answers of a broadcast can be told apart."""
+
+    def __init__(self, settings: DeploySettings, config: EngineConfig, factory: str | BackendFactory) -> None:
+        num_threads = settings.torch_threads or max(1, (os.cpu_count() or 1) // settings.replicas)
+        load = LoadMeter()
+        try:
+            backend = resolve_factory(factory)(config, load, num_threads=num_threads)
+        except LoopServeError as error:
+            raise RuntimeError(f"{START_FAILED} [{type(error).__name__}] {error.message} [end]") from error
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._replica = Replica(backend, settings, name=self._name, load=load)
+        backend.engine.start()
+
+    async def chat(self, call: TurnCall) -> AsyncGenerator[Item, None]:
+        """Hop 3 of a turn."""
+        async with aclosing(self._replica.chat(call)) as items:
+            async for item in items:
+                yield item
+
+    async def status(self) -> tuple[str, ReplicaStatus]:
+        """What is served here."""
+        return self._name, self._replica.status()
+
+    async def sessions(self, tenant: str) -> tuple[str, tuple[SessionView, ...]]:
+        """The tenant's sessions."""
+        return self._name, await self._replica.sessions(tenant)
+
+    async def session(self, tenant: str, name: str) -> tuple[str, SessionView | None]:
+        """One session."""
+        return self._name, await self._replica.session(tenant, name)
+
+    async def release(self, tenant: str, name: str) -> tuple[str, bool]:
+        """Forget one session."""
+        return self._name, await self._replica.release(tenant, name)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve every `routing_stats_period_s`; routers see the result."""
+        return self._replica.routing_stats()
+
+    def check_health(self) -> None:
+        """Called by Serve every `health_check_period_s`; three failures and this replica is replaced."""
+        self._replica.check_health()
+
+    async def __del__(self) -> None:
+        """Called by Serve when ongoing requests have ended or their time is over."""
+        replica = getattr(self, "_replica", None)
+        if replica is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(replica.close), timeout=5.0)
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP surface in one process."""
+
+    def __init__(self, engines: DeploymentHandle, settings: DeploySettings) -> None:
+        self._fleet = RayFleet(engines, ask_timeout_s=settings.ask_timeout_s)
+        self._settings = settings
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        return build_api(self._fleet, self._settings)

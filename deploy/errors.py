@@ -1,0 +1,120 @@
+"""Errors on the wire: the one table from `loopserve.errors` to HTTP, and the one place that writes error bodies.
+
+Used by hop 1 (ingress) and hop 3 (replica), so that a refusal looks the same wherever it arises. Knows nothing about Ray.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+
+from loopserve.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InvalidRequest,
+    LoopServeError,
+    NotFound,
+    Overloaded,
+    UnsupportedField,
+    UnsupportedModel,
+)
+
+UNAVAILABLE_RETRY_S = 2.0  # Serve notices a dead replica within about this time
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request's body is longer than the server reads."""
+
+    code = "request_too_large"
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path exists, the method does not."""
+
+    code = "method_not_allowed"
+
+
+class ModelNotFound(NotFound):
+    """The request names a model that is not served here."""
+
+    code = "model_not_found"
+
+
+class ReplicaLost(EngineUnavailable):
+    """The replica that worked on a request went away. `replica` is its id where known."""
+
+    code = "replica_lost"
+
+    def __init__(self, message: str, /, *, replica: str = "") -> None:
+        super().__init__(message)
+        self.replica = replica
+
+
+class TimedOut(EngineUnavailable):
+    """Nothing came from a replica within the deployment's limit."""
+
+    code = "timeout"
+
+
+# class -> (HTTP status, OpenAI `type`); the nearest ancestor counts
+STATUS: dict[type[LoopServeError], tuple[int, str]] = {
+    InvalidRequest: (400, "invalid_request_error"),
+    ContextLengthExceeded: (400, "invalid_request_error"),
+    UnsupportedField: (400, "invalid_request_error"),
+    BodyTooLarge: (413, "invalid_request_error"),
+    MethodNotAllowed: (405, "invalid_request_error"),
+    NotFound: (404, "invalid_request_error"),
+    ModelNotFound: (404, "invalid_request_error"),
+    Overloaded: (429, "rate_limit_error"),
+    EngineUnavailable: (503, "service_unavailable_error"),
+    ReplicaLost: (503, "service_unavailable_error"),
+    TimedOut: (503, "service_unavailable_error"),
+    UnsupportedModel: (500, "server_error"),
+    ConfigError: (500, "server_error"),
+    LoopServeError: (500, "server_error"),
+}
+
+INTERNAL_MESSAGE = "The server failed while it worked on this request; its log says how. Trying again may help."
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """An error as it leaves the server. `retry_after_s` is a header in whole seconds, at least 1."""
+
+    status: int
+    body: bytes
+    retry_after_s: int | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that belong to the status."""
+        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+
+
+def status_of(error: BaseException) -> tuple[int, str]:
+    """HTTP status and OpenAI type of any error; what is not ours is a 500 and says nothing of its inside."""
+    for ancestor in type(error).__mro__:
+        if ancestor in STATUS:
+            return STATUS[ancestor]
+    return STATUS[LoopServeError]
+
+
+def error_answer(error: BaseException) -> ErrorAnswer:
+    """The whole answer for an error, in OpenAI's shape."""
+    retry_after = None
+    if isinstance(error, Overloaded):
+        retry_after = max(1, math.ceil(error.retry_after_s))
+    elif isinstance(error, EngineUnavailable):
+        retry_after = math.ceil(UNAVAILABLE_RETRY_S)
+    return ErrorAnswer(status_of(error)[0], _body(error), retry_after)
+
+
+def error_event(error: BaseException) -> bytes:
+    """The server-sent event that ends a stream which has failed; no `[DONE]` follows."""
+    return b"data: " + _body(error) + b"\n\n"
+
+
+def _body(error: BaseException) -> bytes:
+    told = error if isinstance(error, LoopServeError) else LoopServeError(INTERNAL_MESSAGE)
+    inside = {"message": told.message, "type": status_of(error)[1], "param": told.param, "code": told.code}
+    return json.dumps({"error": inside}, ensure_ascii=False).encode("utf-8", "backslashreplace")

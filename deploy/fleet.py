@@ -1,0 +1,98 @@
+"""The replicas, as the ingress sees them: one call to the right one, or one question to all. Hop 2 of a turn.
+
+`Fleet` is the contract; `RayFleet` keeps it with Serve's deployment handle. Every wait on another process ends: a replica that went away is
+`ReplicaLost` at once, one that is silent is named.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc  # type: ignore[import-untyped]
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from deploy.calls import Accepted, Item, Refusal, TurnCall
+from deploy.errors import ReplicaLost
+from router.affinity import AffinityKey, encode_affinity
+
+_T = TypeVar("_T")
+_GONE = (RayActorError, grpc.aio.AioRpcError, RequestCancelledError)
+_LOST_MESSAGE = "The replica that worked on this request went away; send the request again, another one will answer it."
+_KNOWN_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Replies(Generic[_T]):
+    """What all replicas said, by replica, and who said nothing."""
+
+    by_replica: dict[str, _T]
+    silent: tuple[str, ...]
+
+
+class Fleet(Protocol):
+    """All replicas of one model."""
+
+    def open(self, call: TurnCall, key: AffinityKey) -> AsyncGenerator[Item, None]:
+        """Send a call where `key` leads; closing the generator cancels it. Raises ReplicaLost."""
+
+    async def ask(self, question: str, *args: Any) -> Replies[Any]:
+        """Put one question (a method of the replica) to all replicas, within the limit of the settings."""
+
+
+class RayFleet:
+    """Replicas behind a Serve deployment handle."""
+
+    def __init__(self, handle: DeploymentHandle, *, ask_timeout_s: float) -> None:
+        self._handle = handle
+        self._ask_timeout_s = ask_timeout_s
+        self._known: dict[str, None] = {}  # replicas that have ever answered, oldest first; names the silent ones
+
+    async def open(self, call: TurnCall, key: AffinityKey) -> AsyncGenerator[Item, None]:
+        """See `Fleet.open`."""
+        replica = ""
+        response = self._handle.options(method_name="chat", stream=True, session_id=encode_affinity(key)).remote(call)
+        try:
+            async for item in response:
+                if isinstance(item, Accepted | Refusal):
+                    replica = item.replica
+                    self._meet(replica)
+                yield item
+        except _GONE as error:
+            self._known.pop(replica, None)
+            raise ReplicaLost(_LOST_MESSAGE, replica=replica) from error
+        finally:
+            response.cancel()  # dropping it would let the turn run to its end; after the end this does nothing
+
+    async def ask(self, question: str, *args: Any) -> Replies[Any]:
+        """See `Fleet.ask`. A replica's method answers `(its name, value)`."""
+        replies: list[Any] = []
+        try:
+            response = self._handle.broadcast(question, *args)
+            replies = await response.results_async(timeout_s=self._ask_timeout_s, return_exceptions=True)
+        except TimeoutError:  # one is stuck: a broadcast is all or nothing, so ask each by its address
+            answers = (self._ask_one(name, question, *args) for name in self._known)
+            replies = await asyncio.gather(*answers)
+        except RayServeException:  # no replica at all
+            return Replies({}, tuple(self._known))
+        answered: dict[str, Any] = dict(reply for reply in replies if isinstance(reply, tuple))
+        num_silent = len(replies) - len(answered)
+        silent = [name for name in self._known if name not in answered][:num_silent]
+        silent += ["unknown"] * (num_silent - len(silent))
+        self._known = dict.fromkeys((*silent, *answered))
+        return Replies(answered, tuple(silent))
+
+    async def _ask_one(self, name: str, question: str, *args: Any) -> Any:
+        handle = self._handle.options(method_name=question, session_id=encode_affinity(AffinityKey("", address=name)))
+        with suppress(TimeoutError, RayError, *_GONE):
+            async with asyncio.timeout(self._ask_timeout_s):
+                return await handle.remote(*args)
+        return None
+
+    def _meet(self, replica: str) -> None:
+        self._known[replica] = None
+        while len(self._known) > _KNOWN_MAX:
+            self._known.pop(next(iter(self._known)))

@@ -1,0 +1,348 @@
+"""Hop 1 and 12: the HTTP surface. Parses, names the session, sends the call to its replica, and streams what comes back.
+
+The status is chosen when the first bytes of the answer are there: until then a refusal is an HTTP error, and a replica that goes away is
+replaced by another, once, because the request carries the whole dialogue. After that a failure is the stream's last event. Knows Ray
+only as a `Fleet`.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from deploy.calls import Accepted, Item, Refusal, ReplicaStatus, SessionView, TurnCall
+from deploy.errors import (
+    BodyTooLarge,
+    ErrorAnswer,
+    MethodNotAllowed,
+    ModelNotFound,
+    ReplicaLost,
+    TimedOut,
+    error_answer,
+    error_event,
+)
+from deploy.fleet import Fleet, Replies
+from deploy.protocol import CompletionCall, Endpoint, parse_chat, parse_text
+from deploy.settings import DeploySettings
+from loopserve.errors import EngineUnavailable, InvalidRequest, LoopServeError, NotFound
+from router.affinity import AffinityKey
+from router.identity import (
+    continuation_key,
+    home_key,
+    home_of_name,
+    known_part,
+    placement_hints,
+    prompt_home_key,
+    session_from_headers,
+    session_key,
+)
+
+_log = logging.getLogger(__name__)
+_CHARS_PER_TOKEN = 4  # rough; only weighs what moving a conversation would cost
+_TRIES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An answer that has begun: its first bytes are here, nothing has been sent."""
+
+    accepted: Accepted
+    first: bytes
+    rest: AsyncGenerator[Item, None]
+
+
+class _Refused(Exception):
+    """A replica's refusal on its way to the client."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
+
+
+class Gateway:
+    """What the routes do; one per ingress process."""
+
+    def __init__(self, fleet: Fleet, settings: DeploySettings) -> None:
+        self._fleet = fleet
+        self._settings = settings
+        self._model = ""  # asked for once: it does not change while the application lives
+
+    async def complete(self, request: Request, endpoint: Endpoint) -> Response:
+        """Answer one completion request, as a stream or whole. Raises errors of the tree."""
+        body = await _read(request, self._settings.body_bytes_max)
+        parse = parse_chat if endpoint is Endpoint.CHAT else parse_text
+        parsed = parse(body, branches_max=self._settings.branches_max)
+        await self._check_model(parsed.model)
+        call = self._name(parsed, request)
+        opened = await self._open(call, _affinity(call))
+        headers = {"x-session-id": opened.accepted.session_name, "x-loopserve-replica": opened.accepted.replica}
+        if not parsed.stream:
+            with suppress(
+                LoopServeError
+            ):  # the answer is here; let the replica come to its end instead of cancelling it
+                await _next(opened.rest, self._settings.ask_timeout_s, "No end of the answer came")
+            await opened.rest.aclose()
+            return Response(opened.first, media_type="application/json", headers=headers)
+        headers["cache-control"] = "no-cache"
+        headers["x-accel-buffering"] = "no"  # reverse proxies must not collect events
+        return StreamingResponse(self._events(opened), media_type="text/event-stream", headers=headers)
+
+    async def models(self) -> list[dict[str, Any]]:
+        """OpenAI's model objects: one, or none while nothing is loaded."""
+        replies: Replies[ReplicaStatus] = await self._fleet.ask("status")
+        by_model = {status.model: status for status in replies.by_replica.values()}
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": status.loaded_at,
+                "owned_by": "loopserve",
+                "max_model_len": status.max_session_tokens,
+            }
+            for name, status in by_model.items()
+        ]
+
+    async def ready(self) -> dict[str, Any]:
+        """Which replicas can answer. Raises EngineUnavailable where none can."""
+        replies: Replies[ReplicaStatus] = await self._fleet.ask("status")
+        alive = sorted(status.replica for status in replies.by_replica.values() if status.alive)
+        if not alive:
+            raise EngineUnavailable("No replica has loaded the model yet; try again shortly.")
+        return {"status": "ready", "replicas": alive, "silent": list(replies.silent)}
+
+    async def sessions(self, tenant: str) -> dict[str, Any]:
+        """Every session of a tenant on every replica that answers."""
+        replies: Replies[tuple[SessionView, ...]] = await self._fleet.ask("sessions", tenant)
+        found = [asdict(view) for views in replies.by_replica.values() for view in views]
+        found.sort(key=lambda view: view["idle_s"])
+        return {"object": "list", "data": found, "silent": list(replies.silent)}
+
+    async def session(self, tenant: str, name: str) -> dict[str, Any]:
+        """One session wherever it is; a moved one may be on several replicas, the freshest is the answer. Raises NotFound."""
+        replies: Replies[SessionView | None] = await self._fleet.ask("session", tenant, name)
+        found = sorted((view for view in replies.by_replica.values() if view), key=lambda view: view.idle_s)
+        if not found:
+            raise _absent(name, replies.silent)
+        return {"object": "session", **asdict(found[0]), "silent": list(replies.silent)}
+
+    async def release(self, tenant: str, name: str) -> dict[str, Any]:
+        """Forget one session wherever it is. Raises NotFound, or EngineUnavailable where a silent replica may hold it."""
+        replies: Replies[bool] = await self._fleet.ask("release", tenant, name)
+        released = sorted(replica for replica, was_there in replies.by_replica.items() if was_there)
+        if not released:
+            raise _absent(name, replies.silent)
+        silent = list(replies.silent)
+        return {"id": name, "object": "session.deleted", "deleted": True, "replicas": released, "silent": silent}
+
+    def tenant_of(self, request: Request, cache_salt: str) -> str:
+        """Tenant and cache salt in one name; sessions and shared prefixes never cross it."""
+        tenant = request.headers.get(self._settings.tenant_header, "").strip()
+        return f"{tenant}\x1f{cache_salt}" if cache_salt else tenant
+
+    async def _check_model(self, model: str) -> None:
+        if not self._model:
+            self._model = next((str(found["id"]) for found in await self.models()), "")
+        if not self._model:
+            raise EngineUnavailable("No replica has loaded the model yet; try again shortly.")
+        if model != self._model:
+            raise ModelNotFound(f"The model {model!r} is not served here; {self._model!r} is.", param="model")
+
+    def _name(self, parsed: CompletionCall, request: Request) -> TurnCall:
+        tenant = self.tenant_of(request, parsed.cache_salt)
+        try:
+            name = session_from_headers(request.headers, {"session_id": parsed.session_id})
+        except ValueError as error:
+            raise InvalidRequest(str(error), param="metadata.session_id") from error
+        hints = placement_hints(request.headers, cache_key=parsed.cache_key, user=parsed.user)
+        known = known_part(parsed.messages or ())
+        if name is not None:
+            home = home_of_name(tenant, name)
+        elif parsed.messages is not None:
+            home = home_key(tenant, parsed.messages, hints)
+        else:
+            home = prompt_home_key(tenant, parsed.prompt or "", hints)
+        kind = "chatcmpl" if parsed.endpoint is Endpoint.CHAT else "cmpl"
+        return TurnCall(
+            request=parsed,
+            tenant=tenant,
+            session_name=name,
+            home=home,
+            continuation=continuation_key(tenant, known) if known and name is None else None,
+            response_id=f"{kind}-{secrets.token_hex(16)}",
+            created=int(time.time()),
+        )
+
+    async def _open(self, call: TurnCall, key: AffinityKey) -> _Opened:
+        """Wait for the first bytes; a replica that goes away or whose engine is dead before that is replaced once."""
+        for remaining in range(_TRIES - 1, -1, -1):
+            items = self._fleet.open(call, key)
+            try:
+                return await self._begun(items)
+            except _Refused as refused:
+                await items.aclose()
+                if not (refused.refusal.elsewhere and remaining):
+                    raise
+                key = replace(key, avoid=refused.refusal.replica)
+            except ReplicaLost as lost:
+                if not remaining:
+                    raise
+                key = replace(key, avoid=lost.replica)
+            except BaseException:
+                await items.aclose()
+                raise
+        raise AssertionError("every try returns or raises")
+
+    async def _begun(self, items: AsyncGenerator[Item, None]) -> _Opened:
+        accepted = await _next(items, self._settings.admission_timeout_s, "No place in the batch came free")
+        if isinstance(accepted, Accepted):
+            first = await _next(items, self._settings.idle_timeout_s, "No part of the answer came")
+            if isinstance(first, bytes):
+                return _Opened(accepted, first, items)
+            accepted = first
+        if isinstance(accepted, Refusal):
+            raise _Refused(accepted)
+        raise LoopServeError("the replica ended without an answer")
+
+    async def _events(self, opened: _Opened) -> AsyncIterator[bytes]:
+        """The stream after its status: bytes as they come, or one error event as the last."""
+        try:
+            yield opened.first
+            while True:
+                item = await _next(opened.rest, self._settings.idle_timeout_s, "No further part of the answer came")
+                if item is None:
+                    return
+                assert isinstance(item, bytes), item
+                yield item
+        except Exception as error:  # the status is out; the client must learn of any failure inside the stream
+            if not isinstance(error, LoopServeError):
+                _log.exception("a stream failed")
+            yield error_event(error)
+        finally:
+            await opened.rest.aclose()
+
+
+def build_api(fleet: Fleet, settings: DeploySettings) -> FastAPI:
+    """The routes over one fleet."""
+    gateway = Gateway(fleet, settings)
+    api = FastAPI(title="LoopServe", docs_url=None, redoc_url=None)
+    _add_errors(api)
+
+    @api.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await gateway.complete(request, Endpoint.CHAT)
+
+    @api.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await gateway.complete(request, Endpoint.TEXT)
+
+    @api.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": await gateway.models()}
+
+    @api.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        for found in await gateway.models():
+            if found["id"] == name:
+                return found
+        raise ModelNotFound(f"The model {name!r} is not served here.", param="model")
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @api.get("/ready")
+    async def ready() -> dict[str, Any]:
+        return await gateway.ready()
+
+    @api.get("/v1/sessions")
+    async def sessions(request: Request, cache_salt: str = "") -> dict[str, Any]:
+        return await gateway.sessions(gateway.tenant_of(request, cache_salt))
+
+    @api.get("/v1/sessions/{name:path}")
+    async def session(request: Request, name: str, cache_salt: str = "") -> dict[str, Any]:
+        return await gateway.session(gateway.tenant_of(request, cache_salt), name)
+
+    @api.delete("/v1/sessions/{name:path}")
+    async def release(request: Request, name: str, cache_salt: str = "") -> dict[str, Any]:
+        return await gateway.release(gateway.tenant_of(request, cache_salt), name)
+
+    return api
+
+
+def _add_errors(api: FastAPI) -> None:
+    """Every error leaves in OpenAI's shape, those of the framework included."""
+
+    async def ours(_: Request, error: Exception) -> Response:
+        return _response(error_answer(error))
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, _Refused)
+        return _response(error.refusal.answer)
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            return _response(error_answer(MethodNotAllowed(f"{request.method} is not served at {request.url.path}.")))
+        return _response(error_answer(NotFound(f"There is nothing at {request.url.path}.")))
+
+    api.add_exception_handler(LoopServeError, ours)
+    api.add_exception_handler(_Refused, refused)
+    api.add_exception_handler(HTTPException, framework)
+    api.add_exception_handler(Exception, ours)
+
+
+def _response(answer: ErrorAnswer) -> Response:
+    return Response(answer.body, status_code=answer.status, media_type="application/json", headers=answer.headers)
+
+
+def _affinity(call: TurnCall) -> AffinityKey:
+    request = call.request
+    num_chars = sum(len(message.content) for message in request.messages or ())
+    num_tokens = num_chars // _CHARS_PER_TOKEN
+    if request.prompt is not None:
+        num_tokens = len(request.prompt) // (_CHARS_PER_TOKEN if isinstance(request.prompt, str) else 1)
+    if call.session_name is not None:
+        resident: tuple[str, ...] = (session_key(call.tenant, call.session_name),)
+    else:
+        resident = () if call.continuation is None else (call.continuation,)
+    return AffinityKey(home=call.home, resident=resident, prompt_tokens=num_tokens)
+
+
+def _absent(name: str, silent: tuple[str, ...]) -> LoopServeError:
+    if silent:
+        return EngineUnavailable(
+            f"The session {name!r} was not found, but {', '.join(silent)} did not answer; try again."
+        )
+    return NotFound(f"There is no session {name!r}.")
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    """The body, or BodyTooLarge as soon as it is known to be longer than `limit` bytes."""
+    message = f"The body is longer than {limit} bytes; shorten the conversation."
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise BodyTooLarge(message)
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise BodyTooLarge(message)
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _next(items: AsyncGenerator[Item, None], limit_s: float, what: str) -> Item | None:
+    """The next item, None at the end. Raises TimedOut."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await anext(items, None)
+    except TimeoutError as error:
+        raise TimedOut(f"{what} within {limit_s:g} s; try again later.") from error

@@ -1,0 +1,264 @@
+"""Hop 3: one replica. An engine, its chat service, and what this process knows of its conversations. No Ray in here: see `deploy.app`.
+
+Everything runs on the event loop but the engine, which has its own thread; nothing is computed on the loop. Knows no HTTP but the
+bytes that `deploy.answers` writes.
+
+    call -> session name -> ChatService.stream -> AnswerWriter -> Accepted, bytes*        client gone: the generator is closed,
+                                                                                         which cancels the turn in the engine
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from deploy.answers import AnswerShape, AnswerWriter
+from deploy.calls import (
+    Accepted,
+    Item,
+    Refusal,
+    ReplicaStatus,
+    SessionView,
+    TurnCall,
+    engine_session_id,
+    name_in_tenant,
+)
+from deploy.conversations import Conversations
+from deploy.errors import error_answer
+from deploy.load import LoadMeter
+from deploy.settings import DeploySettings
+from loopserve.chat import AnswerStarted, ChatEvent, ChatRequest
+from loopserve.dialogue import Message, SessionId
+from loopserve.errors import EngineUnavailable, LoopServeError, NotFound
+from loopserve.sessions import SessionInfo
+from router.affinity import pack_claims
+from router.identity import ConversationKey, continuation_key, generated_session_name, session_key
+
+
+class EngineLike(Protocol):
+    """What a replica needs of `loopserve.engine.Engine`."""
+
+    @property
+    def model_name(self) -> str:
+        """Name under which the model is served."""
+
+    max_session_tokens: int
+
+    def start(self) -> None:
+        """Start the engine thread."""
+
+    def stop(self) -> None:
+        """End every turn and the thread."""
+
+    def is_alive(self) -> bool:
+        """Whether turns make progress."""
+
+    def sessions(self) -> tuple[SessionInfo, ...]:
+        """Every session."""
+
+    def session(self, session_id: SessionId) -> SessionInfo:
+        """One session. Raises NotFound."""
+
+    def release(self, session_id: SessionId) -> None:
+        """Forget a session. Raises NotFound."""
+
+
+class ChatLike(Protocol):
+    """What a replica needs of `loopserve.chat.ChatService`."""
+
+    def stream(self, request: ChatRequest) -> AsyncIterator[tuple[ChatEvent, ...]]:
+        """Answer one request; an async generator, closing it cancels the turn."""
+
+    def forget(self, session_id: SessionId) -> None:
+        """Drop what is kept of a session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The inside of one replica. Built by a factory, so that tests bring their own."""
+
+    engine: EngineLike
+    chat: ChatLike
+
+
+class Replica:
+    """One engine behind the wire. Not thread-safe: event loop only."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        settings: DeploySettings,
+        *,
+        name: str,
+        load: LoadMeter,
+        unix_time: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine, self._chat = backend.engine, backend.chat
+        self._settings = settings
+        self._name = name
+        self._load = load
+        self._conversations = Conversations(limit=settings.conversations_max, clock=unix_time)
+        self._num_turns = 0
+        self._loaded_at = int(unix_time())
+
+    async def chat(self, call: TurnCall) -> AsyncGenerator[Item, None]:
+        """Answer one call. Never raises an error of the tree: the first item says whether the turn was taken.
+
+        Closing the generator cancels the turn. What a client has already received may come back as history, so it is learned
+        however the turn ends.
+        """
+        name = call.session_name or self._conversations.name_of(call.continuation) or _new_name(call)
+        key = session_key(call.tenant, name)
+        writer = AnswerWriter(_shape(call))
+        is_accepted = False
+        self._num_turns += 1
+        try:
+            turn = cast(AsyncGenerator[Sequence[ChatEvent], None], self._chat.stream(_chat_request(call, name)))
+            async with aclosing(turn):
+                async for events in turn:
+                    started = None if is_accepted else _started(events)
+                    if started is not None:
+                        is_accepted = True
+                        self._conversations.use(key, name)
+                        yield Accepted(name, self._name, started.cached_tokens)
+                    item = self._written(events, writer, streams=call.request.stream and is_accepted)
+                    if item is not None:
+                        yield item
+                    if writer.failure() is not None:
+                        return
+        except LoopServeError as error:
+            yield self._refusal(error)
+        finally:
+            self._num_turns -= 1
+            self._learn(call, key, writer)
+
+    def _written(self, events: Sequence[ChatEvent], writer: AnswerWriter, *, streams: bool) -> Item | None:
+        """What the client gets for some events. A turn that fails before its stream began is a refusal."""
+        if streams:
+            had_begun = writer.has_begun
+            written = writer.stream(events)
+            failure = writer.failure()
+            return self._refusal(failure) if failure is not None and not had_begun else written or None
+        writer.note(events)
+        failure = writer.failure()
+        if failure is not None:
+            return self._refusal(failure)
+        return writer.body() if writer.is_finished else None
+
+    def status(self) -> ReplicaStatus:
+        """What this replica serves, and whether it does."""
+        engine = self._engine
+        return ReplicaStatus(
+            self._name, engine.model_name, engine.max_session_tokens, engine.is_alive(), self._loaded_at
+        )
+
+    async def sessions(self, tenant: str) -> tuple[SessionView, ...]:
+        """The sessions of one tenant."""
+        infos = await asyncio.to_thread(self._engine.sessions)
+        named = ((name_in_tenant(tenant, info.session_id), info) for info in infos)
+        return tuple(_view(name, info, self._name) for name, info in named if name is not None)
+
+    async def session(self, tenant: str, name: str) -> SessionView | None:
+        """One session, or None where it is not here."""
+        try:
+            info = await asyncio.to_thread(self._engine.session, engine_session_id(tenant, name))
+        except NotFound:
+            return None
+        return _view(name, info, self._name)
+
+    async def release(self, tenant: str, name: str) -> bool:
+        """Forget a session, its running turns included; False where it is not here."""
+        session_id = engine_session_id(tenant, name)
+        self._conversations.forget(session_key(tenant, name))
+        self._chat.forget(session_id)
+        try:
+            await asyncio.to_thread(self._engine.release, session_id)
+        except NotFound:
+            return False
+        return True
+
+    def routing_stats(self) -> dict[str, Any]:
+        """What routers know of this replica, about half a second later. Kept small: every router gets all of it."""
+        waiting = min(self._load.num_waiting, self._num_turns)  # the meter stands still while the engine is idle
+        return {
+            "own": pack_claims(self._conversations.claims(self._settings.claims_max), limit=self._settings.claims_max),
+            "running": self._num_turns - waiting,
+            "waiting": waiting,
+            "queue_s": round(self._load.queue_s, 2) if waiting else 0.0,
+            "prefill_s_per_token": float(
+                f"{self._load.prefill_s_per_token:.2g}"
+            ),  # two digits: a new value is a broadcast
+            "accepting": self._engine.is_alive(),
+        }
+
+    def check_health(self) -> None:
+        """Raise EngineUnavailable where the engine cannot answer any more: Serve then replaces this replica."""
+        if not self._engine.is_alive():
+            raise EngineUnavailable(f"the engine of replica {self._name} is not running")
+
+    def close(self) -> None:
+        """End every turn with its terminal event and stop the engine."""
+        self._engine.stop()
+
+    def _refusal(self, error: LoopServeError) -> Refusal:
+        return Refusal(error_answer(error), self._name, elsewhere=not self._engine.is_alive())
+
+    def _learn(self, call: TurnCall, key: ConversationKey, writer: AnswerWriter) -> None:
+        messages = call.request.messages
+        if messages is None:
+            return
+        for text in writer.texts:
+            if text:
+                answered = (*messages, Message("assistant", text))
+                self._conversations.learn(key, continuation_key(call.tenant, answered))
+
+
+def _new_name(call: TurnCall) -> str:
+    return generated_session_name(ConversationKey(call.home), secrets.token_hex(8))
+
+
+def _started(events: Sequence[ChatEvent]) -> AnswerStarted | None:
+    return next((event for event in events if isinstance(event, AnswerStarted)), None)
+
+
+def _chat_request(call: TurnCall, session_name: str) -> ChatRequest:
+    request = call.request
+    return ChatRequest(
+        session_id=engine_session_id(call.tenant, session_name),
+        messages=request.messages,
+        prompt=request.prompt,
+        sampling=request.sampling,
+        contract=request.contract,
+        stop=request.stop,
+        num_branches=request.num_branches,
+        cache_salt=call.tenant,
+    )
+
+
+def _shape(call: TurnCall) -> AnswerShape:
+    request = call.request
+    return AnswerShape(
+        endpoint=request.endpoint,
+        response_id=call.response_id,
+        created=call.created,
+        model=request.model,
+        num_branches=request.num_branches,
+        include_usage=request.include_usage,
+        continuous_usage=request.continuous_usage,
+    )
+
+
+def _view(name: str, info: SessionInfo, replica: str) -> SessionView:
+    return SessionView(
+        id=name,
+        replica=replica,
+        num_tokens=info.num_tokens,
+        num_cached_tokens=info.num_cached_tokens,
+        num_branches=info.num_branches,
+        num_turns=info.num_turns,
+        is_active=info.is_active,
+        idle_s=round(info.idle_s, 3),
+    )

@@ -1,0 +1,99 @@
+"""Settings of the deployment: what listens where, how many replicas there are, and how long anything may wait.
+
+The engine's own settings are `loopserve.config.EngineConfig`. Read once, at the start; knows nothing about Ray.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from loopserve.errors import ConfigError
+
+ENV_PREFIX = "LOOPSERVE_"
+ENGINE_PREFIX = "LOOPSERVE_ENGINE_"  # belongs to EngineConfig
+PLAIN_NAMES = ("host", "port", "replicas", "model", "device")  # also read without prefix, as the Makefile passes them
+
+
+@dataclass(frozen=True, slots=True)
+class DeploySettings:
+    """All of the deployment. Every wait and every table has its limit here."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    ingress_replicas: int = 1
+    model: str = ""  # hub id or directory; empty: the shipped model
+    device: str = "auto"
+    gpus_per_replica: float | None = None  # None: 1 on "cuda"; a local run shares out the GPUs it finds
+    torch_threads: int | None = None  # per replica; None: the machine's cores shared out over the replicas
+    tenant_header: str = "x-tenant-id"  # set by a trusted gateway; sessions and prefixes never cross its values
+    body_bytes_max: int = 8 << 20
+    branches_max: int = 16  # OpenAI's `n`
+    admission_timeout_s: float = 300.0  # from a request's arrival to its place in the batch
+    idle_timeout_s: float = 600.0  # between two pieces of an answer; the first comes after the whole prefill
+    ask_timeout_s: float = 2.0  # one question to all replicas
+    start_timeout_s: float = 600.0
+    stop_timeout_s: float = 20.0  # running turns may end before a replica goes
+    start_attempts: int = 3  # of a replica's constructor
+    routing_stats_period_s: float = 0.5  # age of what routers know, about
+    health_check_period_s: float = 2.0  # three failures in a row and Serve replaces a replica
+    claims_max: int = 2048  # conversations that one replica publishes: 8 bytes each, newest first
+    conversations_max: int = 16_384  # header-less conversations that one replica recognises
+    spill_turns: int = 4  # see router.affinity.AffinitySettings
+    move_cost_factor: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "ingress_replicas", "branches_max", "claims_max", "conversations_max", "spill_turns"):
+            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed")
+        for name in ("admission_timeout_s", "idle_timeout_s", "ask_timeout_s", "start_timeout_s", "stop_timeout_s"):
+            _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; a wait is longer than nothing")
+        for name in ("routing_stats_period_s", "health_check_period_s", "move_cost_factor"):
+            _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        _check(1 <= self.port <= 65535, f"port is {self.port}; ports are 1 to 65535")
+        _check(self.body_bytes_max >= 1024, f"body_bytes_max is {self.body_bytes_max}; at least 1024 is needed")
+        _check(self.torch_threads is None or self.torch_threads >= 1, "torch_threads must be at least 1")
+        _check(self.gpus_per_replica is None or self.gpus_per_replica >= 0, "gpus_per_replica must not be negative")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
+        """Defaults, then HOST, PORT, REPLICAS, MODEL and DEVICE, then `LOOPSERVE_<FIELD>`, then `overrides`.
+
+        Raises ConfigError for an unknown or malformed setting.
+        """
+        env = os.environ if environ is None else environ
+        known = {f.name: f.type for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for name in PLAIN_NAMES:
+            if env.get(name.upper(), ""):
+                values[name] = _parse(env[name.upper()], known[name], name.upper())
+        for variable, text in env.items():
+            if variable.startswith(ENV_PREFIX) and not variable.startswith(ENGINE_PREFIX):
+                name = variable.removeprefix(ENV_PREFIX).lower()
+                if name not in known:
+                    raise ConfigError(f"{variable}: there is no setting {name!r}; known: {', '.join(sorted(known))}")
+                values[name] = _parse(text, known[name], variable)
+        return cls(**{**values, **overrides})
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _parse(text: str, kind: Any, variable: str) -> Any:
+    """One value as its field's type; `kind` is the annotation."""
+    if kind is str:
+        return text
+    wanted = "a whole number" if "int" in str(kind) else "a number"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if value is None and "None" in str(kind):
+        return None
+    fits = isinstance(value, int) if "int" in str(kind) else isinstance(value, int | float)
+    if isinstance(value, bool) or not fits:
+        raise ConfigError(f"{variable} is {text!r}; {wanted} is needed")
+    return value

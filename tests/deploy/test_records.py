@@ -1,0 +1,208 @@
+"""Settings, errors, conversations and load: the small rooms of the deployment."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy.calls import engine_session_id, name_in_tenant
+from deploy.conversations import KEYS_PER_CONVERSATION, Conversations
+from deploy.errors import STATUS, BodyTooLarge, ModelNotFound, ReplicaLost, error_answer, error_event
+from deploy.load import LoadMeter
+from deploy.local import check_port_is_free, start_failure
+from deploy.settings import DeploySettings
+from loopserve import errors
+from loopserve.dialogue import FinishReason, Mode, QualityReport, SessionId, TurnUsage
+from loopserve.stats import StepStats, TurnStats
+
+
+def test_every_error_of_the_tree_has_a_status():
+    tree = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LoopServeError)
+    ]
+    assert len(tree) >= 9
+    assert set(tree) <= set(STATUS)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "retry"),
+    [
+        (errors.InvalidRequest("no", param="x"), 400, "invalid_request", None),
+        (errors.ContextLengthExceeded("long"), 400, "context_length_exceeded", None),
+        (errors.UnsupportedField("no"), 400, "unsupported_parameter", None),
+        (BodyTooLarge("big"), 413, "request_too_large", None),
+        (errors.NotFound("gone"), 404, "not_found", None),
+        (ModelNotFound("gone"), 404, "model_not_found", None),
+        (errors.Overloaded("full", retry_after_s=7.2), 429, "overloaded", "8"),
+        (errors.Overloaded("full", retry_after_s=0.0), 429, "overloaded", "1"),
+        (errors.EngineUnavailable("dead"), 503, "engine_unavailable", "2"),
+        (ReplicaLost("lost"), 503, "replica_lost", "2"),
+        (errors.LoopServeError("?"), 500, "internal_error", None),
+    ],
+)
+def test_errors_leave_in_openai_shape(error: errors.LoopServeError, status: int, code: str, retry: str | None):
+    answer = error_answer(error)
+    inside = json.loads(answer.body)["error"]
+    assert (answer.status, inside["code"], answer.headers.get("retry-after")) == (status, code, retry)
+    assert set(inside) == {"message", "type", "param", "code"}
+    assert (inside["message"], inside["param"]) == (error.message, error.param)
+
+
+def test_what_is_not_ours_tells_nothing_of_its_inside():
+    answer = error_answer(KeyError("secret"))
+    assert answer.status == 500
+    assert b"secret" not in answer.body
+
+
+def test_an_error_event_is_one_event_and_claims_no_success():
+    event = error_event(errors.EngineUnavailable("line\nbreak"))
+    assert event.startswith(b"data: {") and event.endswith(b"}\n\n")
+    assert event.count(b"\n") == 2 and b"[DONE]" not in event
+
+
+def test_settings_come_from_plain_names_then_prefixed_ones_then_arguments():
+    env = {"HOST": "0.0.0.0", "PORT": "9000", "REPLICAS": "2", "LOOPSERVE_REPLICAS": "3", "LOOPSERVE_ENGINE_SEED": "1"}
+    settings = DeploySettings.from_env({**env, "LOOPSERVE_ASK_TIMEOUT_S": "1.5", "MODEL": ""}, replicas=4)
+    assert (settings.host, settings.port, settings.replicas, settings.ask_timeout_s) == ("0.0.0.0", 9000, 4, 1.5)
+    assert DeploySettings.from_env(env).replicas == 3
+    assert DeploySettings.from_env({"LOOPSERVE_TORCH_THREADS": "null"}).torch_threads is None
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"PORT": "http"}, "PORT"),
+        ({"PORT": "70000"}, "port"),
+        ({"REPLICAS": "0"}, "replicas"),
+        ({"LOOPSERVE_REPLICAS": "true"}, "whole number"),
+        ({"LOOPSERVE_REPLIKAS": "1"}, "replikas"),
+        ({"LOOPSERVE_IDLE_TIMEOUT_S": "soon"}, "number"),
+        ({"LOOPSERVE_IDLE_TIMEOUT_S": "0"}, "idle_timeout_s"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(env: dict[str, str], said: str):
+    with pytest.raises(errors.ConfigError, match=said):
+        DeploySettings.from_env(env)
+
+
+def test_a_port_in_use_is_named_with_its_remedy():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(errors.ConfigError, match=f"127.0.0.1:{port}.*PORT"):
+            check_port_is_free("127.0.0.1", port)
+    check_port_is_free("127.0.0.1", port)
+
+
+def test_the_reason_of_a_failed_start_is_found_in_serves_message():
+    message = "DEPLOY_FAILED Traceback ...\nRuntimeError: loopserve start failed [UnsupportedModel] Sliding window\nis on. [end]\n more"
+    failure = start_failure(message)
+    assert isinstance(failure, errors.UnsupportedModel)
+    assert failure.message == "Sliding window\nis on."
+    assert isinstance(start_failure("DEPLOY_FAILED x\nImportError: no"), errors.EngineUnavailable)
+    assert start_failure("still starting") is None
+
+
+@given(st.text(max_size=5), st.text(max_size=5), st.text(max_size=5), st.text(max_size=5))
+def test_sessions_of_two_tenants_never_meet(tenant: str, other: str, name: str, other_name: str):
+    mine, theirs = engine_session_id(tenant, name), engine_session_id(other, other_name)
+    assert (mine == theirs) == ((tenant, name) == (other, other_name))
+    assert name_in_tenant(tenant, mine) == name
+    assert name_in_tenant(other, mine) == (name if tenant == other else None)
+
+
+def test_a_session_of_another_making_belongs_to_nobody():
+    assert name_in_tenant("t", SessionId("plain")) is None
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def test_a_conversation_is_found_by_its_last_answers():
+    table = Conversations(limit=10, clock=Clock())
+    table.use("s", "name")
+    table.learn("s", "c1")
+    table.learn("s", "c2")
+    assert table.name_of("c1") == table.name_of("c2") == "name"
+    assert table.name_of("c3") is None and table.name_of(None) is None
+    assert table.claims(10) == [("s", 1.0), ("c2", 1.0)]
+    table.forget("s")
+    assert table.name_of("c1") is None and table.claims(10) == [] and len(table) == 0
+
+
+def test_what_was_never_used_or_is_forgotten_learns_nothing():
+    table = Conversations(limit=10, clock=Clock())
+    table.learn("s", "c")
+    assert table.name_of("c") is None
+
+
+def test_the_least_recently_used_conversation_is_forgotten_first():
+    table = Conversations(limit=2, clock=Clock())
+    for key in ("a", "b"):
+        table.use(key, key)
+        table.learn(key, f"{key}-said")
+    table.use("a", "a")
+    table.use("c", "c")
+    assert (table.name_of("a-said"), table.name_of("b-said")) == ("a", None)
+    assert [key for key, _ in table.claims(10)] == ["c", "a", "a-said"]
+    assert len(table.claims(1)) == 1
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 30), st.sampled_from(["use", "learn", "forget"]))))
+def test_the_table_never_outgrows_its_limits_and_never_points_nowhere(acts: list[tuple[str, int, str]]):
+    table = Conversations(limit=3, clock=Clock())
+    for session, said, act in acts:
+        if act == "use":
+            table.use(session, session)
+        elif act == "learn":
+            table.learn(session, f"c{said}")
+        else:
+            table.forget(session)
+    found = [table.name_of(f"c{said}") for said in range(31)]
+    held = {key for key, _ in table.claims(1000)}
+    assert len(table) <= 3
+    assert {name for name in found if name} <= held
+    assert all(found.count(name) <= KEYS_PER_CONVERSATION for name in set(found) - {None})
+
+
+def _turn(queue_s: float | None, total_s: float) -> TurnStats:
+    usage = TurnUsage(1, 0, 1, QualityReport(Mode.EXACT))
+    return TurnStats(SessionId("s"), 1, FinishReason.STOP, usage, queue_s, 1.0, total_s, 0)
+
+
+def _step(**counts: int) -> StepStats:
+    values = {"num_prefill_tokens": 0, "num_decode_tokens": 1, "num_running": 1, "num_waiting": 0, **counts}
+    return StepStats(step_index=1, duration_s=0.5, num_preempted=0, num_free_blocks=9, **values)
+
+
+def test_load_is_the_waiting_turns_over_the_rate_of_service():
+    meter = LoadMeter()
+    meter.on_step(_step(num_running=4, num_waiting=8, num_prefill_tokens=100))
+    assert meter.queue_s == 0.0  # nothing is known of a turn's length
+    meter.on_turn(_turn(queue_s=1.0, total_s=3.0))
+    assert meter.queue_s == pytest.approx(8 * 2.0 / 4)
+    assert meter.prefill_s_per_token == pytest.approx(0.005)
+
+
+def test_a_turn_that_never_ran_and_a_step_of_decode_measure_nothing():
+    meter = LoadMeter()
+    meter.on_turn(_turn(queue_s=None, total_s=99.0))
+    meter.on_step(_step(num_prefill_tokens=3))
+    assert (meter.service_s, meter.prefill_s_per_token) == (0.0, 0.0)
+
+
+def test_load_passes_everything_on():
+    inner = LoadMeter()
+    outer = LoadMeter([inner])
+    outer.on_step(_step(num_waiting=3))
+    outer.on_turn(_turn(queue_s=0.0, total_s=2.0))
+    assert (inner.num_waiting, inner.service_s) == (3, 2.0)
