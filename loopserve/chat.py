@@ -1,27 +1,14 @@
-"""Messages to token ids and token ids to text: hops 4 and 11 of a turn. Owns the token history of each session; knows no KV, no HTTP.
-
-A chat template may rewrite history, and text may tokenise differently from what was generated. So the service keeps *transcripts*: the
-token ids of past turns with *marks*, places where the rendered text so far and the token ids so far belong together.
-
-    text   | system and turns before | user ... assistant: | the answer | end of turn, user ... assistant: |
-    marks                            ^         prompt's end ^            ^ answer's end      prompt's end ^
-    ids    | reused as they were, up to the longest mark whose text the new rendering repeats | the rest, tokenised anew |
-
-A mark keeps a digest of its text, not the text. What follows the last common mark is the engine's business: it takes the longest common
-token prefix with what it has cached.
+"""Messages to token ids and token ids to text: hops 4 and 11 of a turn. Owns the way of one request through the engine and back; the ids
+that text becomes are `loopserve.transcripts`' business, the text that ids become is `loopserve.detokenizer`'s. Knows no KV, no HTTP.
 """
 
 import asyncio
-import hashlib
 import threading
-from array import array
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise, zip_longest
+from itertools import zip_longest
 from typing import Any, Protocol
-
-from jinja2 import TemplateError
 
 from loopserve.detokenizer import AnswerText, TokenText, Vocabulary
 from loopserve.dialogue import (
@@ -41,6 +28,7 @@ from loopserve.dialogue import (
     TurnUsage,
 )
 from loopserve.errors import InvalidRequest
+from loopserve.transcripts import Prompt, TokenHistory
 
 __all__ = [
     "AnswerDelta",
@@ -53,17 +41,8 @@ __all__ = [
     "TurnEngine",
 ]
 
-_THREAD_ABOVE_CHARS = (
-    20_000  # rendering and tokenising more than this would hold up the other streams of the event loop
-)
-_TRANSCRIPTS_PER_SESSION = 8  # branches and edits of one conversation
-_TRANSCRIPT_TOKENS_MAX = 1 << 25  # of all sessions together, 4 bytes each: 128 MiB
+_THREAD_ABOVE_CHARS = 20_000  # rendering and tokenising more would hold up the other streams of the event loop
 _ALIVE_CHECK_S = 5.0  # how often a silent stream asks whether the engine still lives
-_SAMPLE_DIALOGUE = (
-    Message("user", "Hello  there! Was ist 2+2?\n\n"),
-    Message("assistant", "It's four, \n naïve 你好🤖."),
-    Message("user", " And 3*3?"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +116,7 @@ class ChatService:
         """`max_transcripts` bounds the sessions whose token history is kept; beyond it the least recently used is forgotten."""
         self._engine = engine
         self._vocabulary = Vocabulary(engine.tokenizer)
-        self._renderer = _Renderer(engine.tokenizer)
-        self._history = _History(max_transcripts, _TRANSCRIPT_TOKENS_MAX)
+        self._history = TokenHistory(engine.tokenizer, self._vocabulary, max_sessions=max_transcripts)
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[tuple[ChatEvent, ...]]:
         """Answer one request; each item holds everything that was waiting.
@@ -169,7 +147,7 @@ class ChatService:
         """Drop the token history of a session; its next turn is tokenised from its text. Unknown sessions are ignored."""
         self._history.forget(session_id)
 
-    def _submit(self, request: ChatRequest, prompt: "_Prompt", inbox: "_Inbox") -> dict[TurnId, "_Branch"]:
+    def _submit(self, request: ChatRequest, prompt: Prompt, inbox: "_Inbox") -> dict[TurnId, "_Branch"]:
         turn = TurnRequest(
             session_id=request.session_id,
             prompt_ids=prompt.token_ids,
@@ -203,47 +181,27 @@ class ChatService:
                 if not branch.is_ended:
                     branch.end(FinishReason.ERROR, error="the engine died before the answer was complete")
 
-    async def _prepared(self, request: ChatRequest) -> "_Prompt":
+    async def _prepared(self, request: ChatRequest) -> Prompt:
         num_chars = sum(len(message.content) for message in request.messages or ())
         num_chars += len(request.prompt) if isinstance(request.prompt, str) else 0
         if num_chars > _THREAD_ABOVE_CHARS:
             return await asyncio.to_thread(self._prepare, request)
         return self._prepare(request)
 
-    def _prepare(self, request: ChatRequest) -> "_Prompt":
-        """The prompt's token ids: the session's own up to the longest mark that the text repeats, a new tokenisation from there."""
-        if isinstance(request.prompt, tuple):
-            return _Prompt(request.prompt)
-        is_chat = request.messages is not None
-        text = request.prompt if request.messages is None else self._renderer.render(request.messages)
-        assert text is not None, "_check has seen to it"
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"the text is not valid Unicode: {error}") from error
-        if not self._renderer.is_split_safe:
-            return _Prompt(self._renderer.encode(text, with_special=not is_chat))
-        digest = hashlib.blake2b(b"chat" if is_chat else b"text", digest_size=16)
-        past = self._history.longest(request.session_id, text, digest)
-        if past.marks:
-            rest = self._renderer.encode_rest(text[past.marks[-1].num_chars :])
-        else:
-            rest = self._renderer.encode(text, with_special=not is_chat)
-        token_ids = (*past.token_ids, *rest)
-        mark = _Mark(len(text), len(token_ids), digest.digest())
-        marks = past.marks if mark in past.marks else (*past.marks, mark)
-        transcript = _Transcript(array("I", token_ids), marks)
-        self._history.add(request.session_id, transcript)
-        return _Prompt(token_ids, transcript, digest)
+    def _prepare(self, request: ChatRequest) -> Prompt:
+        if request.messages is not None:
+            return self._history.of_messages(request.session_id, request.messages)
+        if isinstance(request.prompt, str):
+            return self._history.of_text(request.session_id, request.prompt)
+        assert request.prompt is not None, "_check has seen to it"
+        return Prompt(request.prompt)
 
-    def _remember_ended(self, session_id: SessionId, prompt: "_Prompt", branches: dict[TurnId, "_Branch"]) -> None:
+    def _remember_ended(self, session_id: SessionId, prompt: Prompt, branches: dict[TurnId, "_Branch"]) -> None:
         """Add the branches that have ended to the session's history, each once."""
         for branch in branches.values():
             if branch.is_ended and not branch.is_remembered:
                 branch.is_remembered = True
-                transcript = prompt.with_answer(branch.answer, self._vocabulary)
-                if transcript is not None:
-                    self._history.add(session_id, transcript)
+                self._history.add_answer(session_id, prompt, branch.answer)
 
 
 class _Branch:
@@ -343,190 +301,6 @@ class _Inbox:
         with self._lock:
             self._is_closed = True
             self._events.clear()
-
-
-class _Renderer:
-    """Messages to text by the model's template, and text to ids, whole or from a mark on."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._anchor = self._find_anchor()
-
-    @property
-    def is_split_safe(self) -> bool:
-        """Whether a text may be tokenised in two parts without changing what it says. Where not, every prompt is tokenised whole."""
-        return self._anchor is not None
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as the model reads it, up to where its answer begins. Raises InvalidRequest with the template's own words."""
-        if not self._tokenizer.chat_template:
-            raise InvalidRequest(
-                "this model has no chat template, so it cannot take messages; send text to /v1/completions",
-                param="messages",
-            )
-        dialogue = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return str(self._tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
-
-    def encode(self, text: str, *, with_special: bool) -> tuple[TokenId, ...]:
-        """Ids of a whole text; `with_special` adds what the tokenizer puts around a text (a chat template writes that itself)."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=with_special, verbose=False))
-
-    def encode_rest(self, text: str) -> tuple[TokenId, ...]:
-        """Ids of the rest of a text whose beginning is tokenised already. Only where `is_split_safe`."""
-        assert self._anchor is not None, "this tokenizer needs whole texts"
-        return self._encode_behind(self._anchor, text)
-
-    def _encode_behind(self, anchor: str, text: str) -> tuple[TokenId, ...]:
-        num_anchor_ids = len(self.encode(anchor, with_special=False)) if anchor else 0
-        return self.encode(anchor + text, with_special=False)[num_anchor_ids:]
-
-    def _find_anchor(self) -> str | None:
-        """What has to stand before a rest so that it is tokenised as mid-text: nothing for byte-level tokenizers, a special token for those
-        that put a space before a text; None if neither works. Tried out, at every place of a sample conversation."""
-        try:
-            sample = self.render(_SAMPLE_DIALOGUE)
-        except InvalidRequest:
-            sample = "\n".join(message.content for message in _SAMPLE_DIALOGUE)
-        specials = (self._tokenizer.bos_token, self._tokenizer.eos_token, self._tokenizer.unk_token)
-        return next((anchor for anchor in ("", *filter(None, specials)) if self._splits_anywhere(sample, anchor)), None)
-
-    def _splits_anywhere(self, text: str, anchor: str) -> bool:
-        whole = self._decode(self.encode(text, with_special=False))
-        return all(
-            self._decode(self.encode(text[:at], with_special=False) + self._encode_behind(anchor, text[at:])) == whole
-            for at in range(1, len(text))
-        )
-
-    def _decode(self, token_ids: Sequence[TokenId]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    """A place in a conversation where so many characters of text are so many tokens; `digest` is of all text before it."""
-
-    num_chars: int
-    num_tokens: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Transcript:
-    """The token ids of a conversation up to its last mark; marks ascend."""
-
-    token_ids: "array[int]"
-    marks: tuple[_Mark, ...]
-
-    def holds(self, other: "_Transcript") -> bool:
-        """Whether the other is a beginning of this one and can serve nothing that this one cannot."""
-        return set(other.marks) <= set(self.marks) and self.token_ids[: len(other.token_ids)] == other.token_ids
-
-
-class _History:
-    """The transcripts of all sessions, a few each, bounded in sessions and in tokens. Safe from any thread."""
-
-    def __init__(self, max_sessions: int, max_tokens: int) -> None:
-        self._max_sessions = max_sessions
-        self._max_tokens = max_tokens
-        self._num_tokens = 0
-        self._lock = threading.Lock()
-        self._sessions: OrderedDict[SessionId, tuple[_Transcript, ...]] = OrderedDict()  # least recently used first
-
-    def longest(self, session_id: SessionId, text: str, digest: "hashlib.blake2b") -> _Transcript:
-        """The session's transcript, cut at the longest mark whose text begins `text`; empty if there is none.
-
-        `digest` is fed with all of `text`, once, whatever the number of marks.
-        """
-        with self._lock:
-            transcripts = self._sessions.get(session_id, ())
-        places = sorted({m.num_chars for t in transcripts for m in t.marks if m.num_chars <= len(text)})
-        digests: dict[int, bytes] = {}
-        for start, end in pairwise((0, *places)):
-            digest.update(text[start:end].encode())
-            digests[end] = digest.digest()
-        digest.update(text[places[-1] if places else 0 :].encode())
-        best = _Transcript(array("I"), ())
-        for transcript in transcripts:
-            marks = tuple(m for m in transcript.marks if digests.get(m.num_chars) == m.digest)
-            if marks and (not best.marks or marks[-1].num_chars > best.marks[-1].num_chars):
-                best = _Transcript(transcript.token_ids[: marks[-1].num_tokens], marks)
-        return best
-
-    def add(self, session_id: SessionId, transcript: _Transcript) -> None:
-        """Keep a transcript as the session's newest; beginnings of it are dropped, as is what exceeds the limits."""
-        with self._lock:
-            old = self._take_out(session_id)
-            if any(other.holds(transcript) for other in old):
-                new = old
-            else:
-                new = (transcript, *(other for other in old if not transcript.holds(other)))[:_TRANSCRIPTS_PER_SESSION]
-            self._sessions[session_id] = new
-            self._num_tokens += sum(len(t.token_ids) for t in new)
-            while len(self._sessions) > self._max_sessions or self._num_tokens > self._max_tokens:
-                self._take_out(next(iter(self._sessions)))
-
-    def forget(self, session_id: SessionId) -> None:
-        """Drop all of a session."""
-        with self._lock:
-            self._take_out(session_id)
-
-    def _take_out(self, session_id: SessionId) -> tuple[_Transcript, ...]:
-        transcripts = self._sessions.pop(session_id, ())
-        self._num_tokens -= sum(len(t.token_ids) for t in transcripts)
-        return transcripts
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """A prompt's ids, and what is needed to carry its transcript on; the latter only where texts can be told from ids."""
-
-    token_ids: tuple[TokenId, ...]
-    transcript: _Transcript | None = None
-    digest: "hashlib.blake2b | None" = None  # of the prompt's text
-
-    def with_answer(self, answer: AnswerText, vocabulary: Vocabulary) -> _Transcript | None:
-        """The transcript with marks in the answer, where its trailing white space begins (templates like to trim) and where its visible
-        text ends; None if no mark fits.
-
-        The special token that ended the answer needs none: where the template writes it, its text is tokenised to just that token.
-        """
-        if self.transcript is None or self.digest is None or not vocabulary.is_exact:
-            return None
-        special = [vocabulary.is_special(token_id) for token_id in answer.token_ids]
-        num_plain = min([*special, True].index(True), answer.num_visible_tokens)
-        pieces = [vocabulary.token_bytes(token_id) for token_id in answer.token_ids[:num_plain]]
-        raw = _valid_start(b"".join(pieces))
-        ends = [0, *accumulate(len(piece) for piece in pieces)]
-        limits = (len(raw.decode().rstrip().encode()), len(raw))
-        counts = {max(n for n, end in enumerate(ends) if end <= limit and _is_boundary(raw, end)) for limit in limits}
-        digest, marks, num_chars, start = self.digest.copy(), [], self.transcript.marks[-1].num_chars, 0
-        for count in sorted(counts - {0}):
-            part = b"".join(pieces[start:count])
-            digest.update(part)
-            num_chars += len(part.decode())
-            marks.append(_Mark(num_chars, len(self.token_ids) + count, digest.digest()))
-            start = count
-        if not marks:
-            return None
-        token_ids = self.transcript.token_ids + array("I", answer.token_ids[:start])
-        return _Transcript(token_ids, (*self.transcript.marks, *marks))
-
-
-def _valid_start(raw: bytes) -> bytes:
-    try:
-        raw.decode()
-    except UnicodeDecodeError as error:
-        return raw[: error.start]
-    return raw
-
-
-def _is_boundary(raw: bytes, at: int) -> bool:
-    return at == len(raw) or (at < len(raw) and raw[at] & 0xC0 != 0x80)
 
 
 def _check(request: ChatRequest) -> None:
