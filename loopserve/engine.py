@@ -285,14 +285,14 @@ class Engine:
         """Hand events to their listeners, one call a listener, and finished turns to the stats. The lock is not held."""
         with self._work:
             notices, turn_stats = self._scheduler.take_notices(), self._scheduler.take_turn_stats()
-            batches: dict[OnEvents, list[TurnEvent]] = {}
+            batches: dict[int, tuple[OnEvents, list[TurnEvent]]] = {}  # by identity: a listener need not be hashable
             for notice in notices:
                 listener = self._listeners.get(notice.turn.turn_id)
                 if listener is not None:
-                    batches.setdefault(listener, []).append(notice.event)
+                    batches.setdefault(id(listener), (listener, []))[1].append(notice.event)
                 if isinstance(notice.event, TurnEnded):
                     self._listeners.pop(notice.turn.turn_id, None)
-        for listener, events in batches.items():
+        for listener, events in batches.values():
             self._call(listener, events)
         for stats in turn_stats:
             self._stats.on_turn(stats)
