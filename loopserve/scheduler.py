@@ -134,6 +134,7 @@ class Scheduler:
                 exact=is_exact,
             )
             if segment.sample is not None:
+                turn.is_decoding = True
                 self._append(turn, tokens[segment.turn_id])
 
     def end(self, turn: Turn, reason: FinishReason, *, error: str | None = None) -> None:
@@ -224,6 +225,7 @@ class Scheduler:
         self._waiting.remove(turn)
         self._running.append(turn)
         turn.start = turn.num_computed
+        turn.is_decoding = False
         turn.decode_steps = 0
         turn.window_dense = False
         while self._cache.num_blocks_missing(turn.leased_branch.table, num_known) > self._cache.pool.num_free:

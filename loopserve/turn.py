@@ -31,6 +31,7 @@ class Turn:
     session: Session | None = None
     branch: Branch | None = None
     start: int = 0  # position of the first token computed since the last admission; chunks are counted from here
+    is_decoding: bool = False  # the prefill since the last admission is over: only the newest output remains to be computed
     decode_steps: int = 0  # since the last admission
     decode_sparse: bool = False
     budget_at_choice: int = 0
@@ -75,11 +76,6 @@ class Turn:
     def num_outputs(self) -> int:
         """Tokens generated so far."""
         return len(self.known_ids) - self.prompt_len if self.branch is not None else 0
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether only the newest output remains to be computed."""
-        return self.num_outputs > 0 and len(self.known_ids) - self.num_computed == 1
 
     @property
     def max_outputs(self) -> int:
