@@ -24,7 +24,8 @@ MAP = """\
 6 | loopserve/engine.py loopserve/handoff.py loopserve/chat.py
 5 | loopserve/runner.py
 4 | loopserve/attention.py loopserve/loading.py loopserve/sampler.py | loopserve/scheduler.py* loopserve/turn.py*
-3 | loopserve/sparsity/ | loopserve/sessions.py* loopserve/quality.py* loopserve/admission.py* loopserve/detokenizer.py* loopserve/transcripts.py*
+3 | loopserve/sparsity/ | loopserve/sessions.py* loopserve/quality.py* loopserve/admission.py* \
+loopserve/detokenizer.py* loopserve/transcripts.py*
 2 | loopserve/kv/__init__.py* loopserve/kv/pool.py* loopserve/kv/cache.py* loopserve/kv/store.py
 1 | loopserve/kernels/
 0 | loopserve/__init__.py* loopserve/errors.py* loopserve/config.py* loopserve/dialogue.py* loopserve/plan.py* loopserve/stats.py*
