@@ -122,8 +122,10 @@ def local_cluster(settings: DeploySettings) -> Iterator[None]:
     folder = tempfile.mkdtemp(
         prefix="ls-", dir="/tmp" if Path("/tmp").is_dir() else None
     )  # sockets allow 107 characters
-    environment = {**SERVE_ENV, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with _environment(environment):
+    # Ray turns token authentication on by itself and would write a token into the home directory; it keeps the first token it reads, so
+    # this one stays for later clusters of this process.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with _environment(SERVE_ENV):
         try:
             ray.init(
                 address="local",
@@ -148,33 +150,41 @@ def _wait_until_ready(settings: DeploySettings, url: str, stop: threading.Event)
     """The model's name once every replica runs and the way through HTTP works; None if stopped before."""
     deadline = time.monotonic() + settings.start_timeout_s
     while not stop.wait(_POLL_S):
-        running, message = _progress()
-        failure = start_failure(message)
+        progress = app_progress(APP_NAME)
+        failure = start_failure(progress.message)
         if failure is not None:
             raise failure
-        if running >= settings.replicas:
+        if progress.running >= settings.replicas:
             model = _served_model(url)
             if model is not None:
                 return model
         if time.monotonic() > deadline:
             raise EngineUnavailable(
-                f"{running} of {settings.replicas} replicas started within {settings.start_timeout_s:g} s. "
-                f"Allow more with LOOPSERVE_START_TIMEOUT_S, or ask for fewer with REPLICAS. {message}".strip()
+                f"{progress.running} of {settings.replicas} replicas started within {settings.start_timeout_s:g} s. "
+                f"Allow more with LOOPSERVE_START_TIMEOUT_S, or ask for fewer with REPLICAS. {progress.message}".strip()
             )
     return None
 
 
-def _progress() -> tuple[int, str]:
-    """Running engine replicas, and everything Serve says about failures."""
-    overview = serve.status().applications.get(APP_NAME)
+@dataclass(frozen=True, slots=True)
+class AppProgress:
+    """How far an application is: engine replicas that run, and everything Serve says about failures."""
+
+    running: int
+    message: str  # begins with DEPLOY_FAILED where Serve has given up
+
+
+def app_progress(name: str) -> AppProgress:
+    """What Serve's controller knows of an application."""
+    overview = serve.status().applications.get(name)
     if overview is None:
-        return 0, ""
+        return AppProgress(0, "")
     engines = overview.deployments.get(ENGINE_DEPLOYMENT)
     running = engines.replica_states.get("RUNNING", 0) if engines else 0
     messages = [overview.message, *(deployment.message for deployment in overview.deployments.values())]
-    failed = overview.status == "DEPLOY_FAILED"
-    text = "\n".join(filter(None, messages))
-    return running, f"DEPLOY_FAILED {text}" if failed else text
+    if overview.status == "DEPLOY_FAILED":
+        messages.insert(0, "DEPLOY_FAILED")
+    return AppProgress(running, "\n".join(filter(None, messages)))
 
 
 def start_failure(message: str) -> LoopServeError | None:

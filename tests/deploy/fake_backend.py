@@ -3,7 +3,7 @@
     tokens=N    answer with N words (3)            step_ms=M   one word every M milliseconds (0)
     refuse=E    raise an error of the tree         wait_ms=M   admitted only after M milliseconds
     die=engine  the engine dies, the turn with it  say=pid     the answer is the process id
-    fail=N      the turn ends with an error after N words
+    fail=N      the turn ends with an error after N words        kill=N  as fail, and the engine dies
 
 Tokens are words. It keeps sessions, so that `cached_tokens` shows whether a conversation came back to the replica that holds it.
 """
@@ -84,7 +84,9 @@ class FakeChat:
             yield tuple(AnswerStarted(i, prompt, cached, 0) for i in branches)
             for number, word in enumerate(words):
                 await asyncio.sleep(int(orders.get("step_ms", 0)) / 1000)
-                if orders.get("fail") == str(number):
+                if orders.get("kill") == str(number):
+                    self.engine.is_running = False
+                if str(number) in (orders.get("fail"), orders.get("kill")):
                     yield tuple(self._end(request, i, prompt, cached, number, FinishReason.ERROR) for i in branches)
                     return
                 if request.session_id not in self.engine.kept:
