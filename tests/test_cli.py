@@ -172,6 +172,26 @@ def test_an_answer_that_breaks_off_says_so(body: str, complaint: str) -> None:
         list(events)
 
 
+class StoppedByUser(httpx.SyncByteStream):
+    """An answer during which the user presses Ctrl-C."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield chunk("half").encode()
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said() -> None:
+    server = FakeServer(httpx.Response(200, stream=StoppedByUser()), whole_answer("two"))
+    out, notes = talk(server, "first\nsecond\n")
+    assert out == "half\ntwo\n"
+    assert "(stopped)" in notes
+    assert server.sent(1)["messages"] == [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "half"},
+        {"role": "user", "content": "second"},
+    ]
+
+
 def test_a_missing_server_is_explained() -> None:
     def refuse(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused", request=request)
@@ -191,11 +211,13 @@ def test_something_else_on_the_port_is_not_taken_for_a_server() -> None:
 
 def test_the_command_that_serve_suggests_can_be_pasted() -> None:
     out = io.StringIO()
-    Console(file=out, soft_wrap=True).print(welcome("http://127.0.0.1:8123", "it's [bold]mine", num_replicas=2))
+    Console(file=out, soft_wrap=True).print(
+        welcome("http://127.0.0.1:8123", "it's [bold]mine", num_replicas=2, program="bin/loopserve")
+    )
     command = shlex.split(next(line for line in out.getvalue().splitlines() if "curl" in line))
     assert command[:2] == ["curl", "http://127.0.0.1:8123/v1/chat/completions"]
     assert json.loads(command[-1])["model"] == "it's [bold]mine"
-    assert "loopserve chat --url http://127.0.0.1:8123" in out.getvalue()
+    assert "bin/loopserve chat --url http://127.0.0.1:8123" in out.getvalue()
 
 
 def write_dialogues(path: Path, *lines: str) -> Path:

@@ -48,6 +48,8 @@ class Conversation:
             try:
                 line = read_line().strip()
             except (EOFError, KeyboardInterrupt):
+                if self.interactive:
+                    self.notes.print()  # the shell's prompt starts on a line of its own
                 return
             if line == "/quit":
                 return

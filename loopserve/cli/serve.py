@@ -5,6 +5,8 @@
 
 import json
 import shlex
+import shutil
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -30,17 +32,18 @@ def serve(
 
     def tell(event: RunEvent) -> None:
         if event.stage is Stage.READY:
-            console.print(welcome(event.url, event.model, num_replicas=settings.replicas))
+            program = "loopserve" if shutil.which("loopserve") else sys.argv[0]
+            console.print(welcome(event.url, event.model, num_replicas=settings.replicas, program=program))
         elif event.stage is Stage.STOPPING:
             console.print("[dim]Stopping ...[/]")
 
     run(settings, on_event=tell)
 
 
-def welcome(url: str, model: str, *, num_replicas: int) -> str:
-    """What is served and what to try, as rich markup; the command can be pasted as it stands."""
+def welcome(url: str, model: str, *, num_replicas: int, program: str) -> str:
+    """What is served and what to try, as rich markup; the commands can be pasted as they stand."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Remember: locker 4417."}]})
-    chat = "loopserve chat" if url == "http://127.0.0.1:8000" else f"loopserve chat --url {url}"
+    chat = f"{program} chat" if url == "http://127.0.0.1:8000" else f"{program} chat --url {url}"
     num = "1 replica" if num_replicas == 1 else f"{num_replicas} replicas"
     return (
         f"[bold green]Ready:[/] [bold]{escape(model)}[/] at [bold]{escape(url)}/v1[/] ({num}). Ctrl-C ends everything.\n\n"
