@@ -83,7 +83,7 @@ class Engine:
         self._turn_ids = itertools.count(1)
         self._seeds = random.Random(config.seed)
         self._work = threading.Condition()
-        self._listeners: dict[TurnId, OnEvents] = {}
+        self._audience: dict[TurnId, tuple[Turn, OnEvents]] = {}  # of every accepted turn whose end is not delivered
         self._cancels: dict[TurnId, FinishReason] = {}
         self._releases: list[tuple[SessionId, Future[None]]] = []
         self._thread: threading.Thread | None = None
@@ -130,8 +130,7 @@ class Engine:
         """
         check_request(request, self._limits)
         with self._work:
-            if self._failure is not None or self._is_stopping:
-                raise EngineUnavailable(self._failure or "The engine is shutting down.")
+            self._check_available()
             self._check_salt(request)
             room = self._config.max_waiting_turns - self._scheduler.num_waiting
             if request.num_branches > room:
@@ -142,14 +141,14 @@ class Engine:
             turns = self._make_turns(request)
             for turn in turns:
                 self._scheduler.add(turn)
-                self._listeners[turn.turn_id] = on_events
+                self._audience[turn.turn_id] = (turn, on_events)
             self._work.notify_all()
         return tuple(turn.turn_id for turn in turns)
 
     def cancel(self, turn_id: TurnId, *, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a turn before the next step; its KV becomes warm. Thread-safe; an unknown or ended turn is ignored."""
         with self._work:
-            if turn_id in self._listeners:
+            if turn_id in self._audience:
                 self._cancels.setdefault(turn_id, reason)
                 self._work.notify_all()
 
@@ -172,16 +171,23 @@ class Engine:
             return self._sessions.info(self._sessions.get(session_id))
 
     def release(self, session_id: SessionId) -> None:
-        """Cancel the session's turns and forget it and its KV. Thread-safe; waits for the step in flight. Raises NotFound."""
+        """Cancel the session's turns and forget it and its KV. Thread-safe; waits for the step in flight.
+
+        Raises NotFound, or EngineUnavailable when no step will carry it out. Not to be called by a listener.
+        """
         done: Future[None] = Future()
         with self._work:
+            self._check_available()
             self._sessions.get(session_id)
             self._releases.append((session_id, done))
             self._work.notify_all()
             if self._thread is None:
                 self._carry_out_requests()
         self._deliver()
-        done.result(timeout=self._config.max_step_s)
+        try:
+            done.result(timeout=self._config.max_step_s)
+        except TimeoutError:
+            raise EngineUnavailable(f"No step ended within {self._config.max_step_s:.0f} s.") from None
 
     def occupancy(self) -> Occupancy:
         """Blocks of the pool by kind, counted now. Thread-safe."""
@@ -249,6 +255,10 @@ class Engine:
             )
         return turns
 
+    def _check_available(self) -> None:
+        if self._failure is not None or self._is_stopping:
+            raise EngineUnavailable(self._failure or "The engine is shutting down.")
+
     def _check_salt(self, request: TurnRequest) -> None:
         """Refuse a second salt for a session here: on the engine thread it would be too late to tell the client."""
         session_id = request.session_id
@@ -287,11 +297,12 @@ class Engine:
             notices, turn_stats = self._scheduler.take_notices(), self._scheduler.take_turn_stats()
             batches: dict[int, tuple[OnEvents, list[TurnEvent]]] = {}  # by identity: a listener need not be hashable
             for notice in notices:
-                listener = self._listeners.get(notice.turn.turn_id)
-                if listener is not None:
-                    batches.setdefault(id(listener), (listener, []))[1].append(notice.event)
+                if notice.turn.turn_id not in self._audience:
+                    continue
+                _, listener = self._audience[notice.turn.turn_id]
+                batches.setdefault(id(listener), (listener, []))[1].append(notice.event)
                 if isinstance(notice.event, TurnEnded):
-                    self._listeners.pop(notice.turn.turn_id, None)
+                    del self._audience[notice.turn.turn_id]
         for listener, events in batches.values():
             self._call(listener, events)
         for stats in turn_stats:
@@ -308,16 +319,20 @@ class Engine:
     def _end_everything(self, error: str) -> None:
         """Give every turn its terminal event without trusting the scheduler's state."""
         with self._work:
-            turns = {turn.turn_id: turn for turn in self._scheduler.turns()}
-            listeners, self._listeners = self._listeners, {}
+            events: dict[TurnId, list[TurnEvent]] = {}  # what the broken step left undelivered, ends included
+            for notice in self._scheduler.take_notices():
+                events.setdefault(notice.turn.turn_id, []).append(notice.event)
+            audience, self._audience = self._audience, {}
             releases, self._releases = self._releases, []
-        for turn_id, listener in listeners.items():
-            turn = turns.get(turn_id)
-            if turn is not None:
+        for turn_id, (turn, listener) in audience.items():
+            last_events = events.get(turn_id, [])
+            if not last_events or not isinstance(last_events[-1], TurnEnded):
                 usage, output_ids = turn.usage(), tuple(turn.output_ids())
-                self._call(listener, (TurnEnded(turn_id, FinishReason.ERROR, usage, output_ids, error),))
+                last_events.append(TurnEnded(turn_id, FinishReason.ERROR, usage, output_ids, error))
+            self._call(listener, last_events)
         for _, done in releases:
-            done.set_exception(EngineUnavailable(error))
+            if not done.done():
+                done.set_exception(EngineUnavailable(error))
 
 
 def _check_methods(config: EngineConfig) -> None:
