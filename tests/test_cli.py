@@ -6,14 +6,18 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from deploy import local
+from deploy.settings import DeploySettings
 from loopserve.chat import AnswerDelta, AnswerEnded, AnswerStarted, ChatEvent, ChatRequest
+from loopserve.cli import app
 from loopserve.cli.chat import Conversation, line_reader
 from loopserve.cli.client import ChatClient, ChatOptions, sse_data
 from loopserve.cli.dialogue_file import ScriptedDialogue, ScriptedTurn, read_dialogues
@@ -218,6 +222,20 @@ def test_the_command_that_serve_suggests_can_be_pasted() -> None:
     assert command[:2] == ["curl", "http://127.0.0.1:8123/v1/chat/completions"]
     assert json.loads(command[-1])["model"] == "it's [bold]mine"
     assert "bin/loopserve chat --url http://127.0.0.1:8123" in out.getvalue()
+
+
+def test_serve_hands_its_options_over_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[DeploySettings] = []
+
+    def run(settings: DeploySettings, *, on_event: Callable[[object], None]) -> None:
+        handed.append(settings)
+        on_event(local.RunEvent(local.Stage.READY, "", url="http://127.0.0.1:8123", model="tiny"))
+
+    monkeypatch.setattr(local, "run", run)
+    done = CliRunner().invoke(app, ["serve", "--port", "8123"], env={"PORT": "9", "REPLICAS": "3"})
+    assert done.exit_code == 0, done.output
+    assert (handed[0].port, handed[0].replicas) == (8123, 3)
+    assert "Ready: tiny at http://127.0.0.1:8123/v1 (3 replicas)" in done.stderr
 
 
 def write_dialogues(path: Path, *lines: str) -> Path:
