@@ -328,6 +328,7 @@ class Scheduler:
         self._running.remove(turn)
         self._left_batch.append(turn.turn_id)
         self._cache.free(turn.leased_branch.table)
+        turn.leased_branch.sparse_from = None  # what sparse decoding wrote is gone; it is prefilled again
         self._waiting.appendleft(turn)
         turn.num_preemptions += 1
         self._num_preempted += 1

@@ -19,7 +19,7 @@ from loopserve.stats import Occupancy
 _COMPARE_TOKENS = 512  # list slices compare in C; one difference then costs at most this many Python steps
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Branch:
     """One continuation of a session. `token_ids[:table.num_tokens]` is what its KV holds."""
 
@@ -30,7 +30,7 @@ class Branch:
     last_used_s: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Session:
     """One conversation."""
 
@@ -129,7 +129,7 @@ class SessionTable:
             key=lambda candidate: candidate.reusable_tokens,
             default=_Candidate(None, 0),
         )
-        continued = self._continued(session, prompt_ids)
+        continued = self._continued(session, prompt_ids, best.branch)
         if continued is not None and continued is best.branch:
             if not self._cache.truncate(continued.table, best.reusable_tokens):
                 full_tokens = best.reusable_tokens // BLOCK_TOKENS * BLOCK_TOKENS
@@ -226,12 +226,14 @@ class SessionTable:
         yield _Candidate(None, indexed.num_tokens)
         self._cache.free(indexed)  # looked up again if it wins: nothing is allocated in between
 
-    def _continued(self, session: Session, prompt_ids: Sequence[TokenId]) -> Branch | None:
+    def _continued(self, session: Session, prompt_ids: Sequence[TokenId], best: Branch | None) -> Branch | None:
+        """The idle branch that the prompt continues; of several (short answers differ in few tokens) the one with the best KV."""
+
         def lost_tokens(branch: Branch) -> int:
             return len(branch.token_ids) - common_prefix_len(branch.token_ids, prompt_ids)
 
         idle = [b for b in session.branches if b.busy is None and lost_tokens(b) < BLOCK_TOKENS]
-        return max(idle, key=lambda b: len(b.token_ids), default=None)
+        return max(idle, key=lambda b: (b is best, len(b.token_ids)), default=None)
 
     def _table_for(self, session: Session, best: _Candidate, prompt_ids: Sequence[TokenId]) -> BlockTable:
         if best.reusable_tokens == 0:

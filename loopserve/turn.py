@@ -16,7 +16,7 @@ from loopserve.quality import QualityTally, TurnPolicy
 from loopserve.sessions import Branch, Session
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Turn:
     """One branch of one request. Edited by the scheduler only."""
 

@@ -300,9 +300,7 @@ def small_config(**overrides) -> EngineConfig:
 def fake_engine(config: EngineConfig | None = None, *, stats=None, clock=None) -> tuple[Engine, FakeDevice]:
     """An engine without a model, and the device that it believes in."""
     device = FakeDevice()
-    engine = Engine(
-        config or small_config(), loaded=fake_loaded(), runner=device, stats=stats, clock=clock or Clock()
-    )
+    engine = Engine(config or small_config(), loaded=fake_loaded(), runner=device, stats=stats, clock=clock or Clock())
     device.attach(engine)
     return engine, device
 

@@ -5,7 +5,17 @@ import time
 from dataclasses import replace
 
 import pytest
-from fake_device import Clock, FakeDevice, Inbox, StatsLog, drain, expected_answer, fake_engine, fake_loaded, small_config
+from fake_device import (
+    Clock,
+    FakeDevice,
+    Inbox,
+    StatsLog,
+    drain,
+    expected_answer,
+    fake_engine,
+    fake_loaded,
+    small_config,
+)
 
 from loopserve.dialogue import FinishReason, SamplingParams, SessionId, TokensGenerated, TurnEnded, TurnRequest
 from loopserve.engine import Engine
