@@ -76,7 +76,7 @@ def running():
 
 
 def test_turns_submitted_from_many_threads_all_get_their_own_answers(running):
-    engine, device = running(small_config(max_waiting_turns=64, kv_blocks=64, max_sessions=64))
+    engine, _ = running(small_config(max_waiting_turns=64, kv_blocks=64, max_sessions=64))
     listeners = [Listener() for _ in range(24)]
 
     def submit(index):
