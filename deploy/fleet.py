@@ -7,6 +7,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -69,21 +70,25 @@ class RayFleet:
 
     async def ask(self, question: str, *args: Any) -> Replies[Any]:
         """See `Fleet.ask`. A replica's method answers `(its name, value)`."""
-        replies: list[Any] = []
+        is_someone_silent = False
         try:
             response = self._handle.broadcast(question, *args)
             replies = await response.results_async(timeout_s=self._ask_timeout_s, return_exceptions=True)
         except TimeoutError:  # one is stuck: a broadcast is all or nothing, so ask each by its address
-            answers = (self._ask_one(name, question, *args) for name in self._known)
-            replies = await asyncio.gather(*answers)
+            is_someone_silent = True
+            # Calls made on behalf of one HTTP request share its id, and Serve's router tells pending calls apart by it: side by side they
+            # would be sent to each other's replica. An empty context has no id to share.
+            tasks = [
+                asyncio.create_task(self._ask_one(name, question, *args), context=Context()) for name in self._known
+            ]
+            replies = await asyncio.gather(*tasks)
         except RayServeException:  # no replica at all
             return Replies({}, tuple(self._known))
         answered: dict[str, Any] = dict(reply for reply in replies if isinstance(reply, tuple))
-        num_silent = len(replies) - len(answered)
+        num_silent = max(len(replies) - len(answered), int(is_someone_silent))
         silent = [name for name in self._known if name not in answered][:num_silent]
-        silent += ["unknown"] * (num_silent - len(silent))
         self._known = dict.fromkeys((*silent, *answered))
-        return Replies(answered, tuple(silent))
+        return Replies(answered, (*silent, *["unknown"] * (num_silent - len(silent))))
 
     async def _ask_one(self, name: str, question: str, *args: Any) -> Any:
         handle = self._handle.options(method_name=question, session_id=encode_affinity(AffinityKey("", address=name)))

@@ -4,6 +4,7 @@ Binds loopback only, as far as Ray lets it: a replica's gRPC server listens on e
 token that lives as long as this process. Prints nothing: `on_event` learns what happens.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -125,6 +126,7 @@ def local_cluster(settings: DeploySettings) -> Iterator[None]:
     # Ray turns token authentication on by itself and would write a token into the home directory; it keeps the first token it reads, so
     # this one stays for later clusters of this process.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # failures come back as exceptions of ours
     with _environment(SERVE_ENV):
         try:
             ray.init(
@@ -140,8 +142,9 @@ def local_cluster(settings: DeploySettings) -> Iterator[None]:
             serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": settings.port})
             yield
         finally:
-            with suppress(Exception):  # a half-started Serve has nothing to shut down
-                serve.shutdown()
+            with suppress(Exception):  # a half-started Serve has nothing to delete
+                for name in serve.status().applications:
+                    serve.delete(name)  # lets turns end; Serve's own actors go with Ray
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -5,12 +5,15 @@
     die=engine  the engine dies, the turn with it  say=pid     the answer is the process id
     fail=N      the turn ends with an error after N words        kill=N  as fail, and the engine dies
 
+    block_ms=M  the whole replica stands still for M milliseconds
+
 Tokens are words. It keeps sessions, so that `cached_tokens` shows whether a conversation came back to the replica that holds it.
 """
 
 import asyncio
 import os
 import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -76,6 +79,7 @@ class FakeChat:
         if orders.get("die") == "engine":
             self.engine.is_running = False
             raise EngineUnavailable("the engine died")
+        time.sleep(int(orders.get("block_ms", 0)) / 1000)
         await asyncio.sleep(int(orders.get("wait_ms", 0)) / 1000)
         prompt, cached = self._begin(request)
         words = [str(os.getpid())] if orders.get("say") == "pid" else ["word"] * int(orders.get("tokens", 3))

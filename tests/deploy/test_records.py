@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploy.app import application
 from deploy.calls import engine_session_id, name_in_tenant
 from deploy.conversations import KEYS_PER_CONVERSATION, Conversations
 from deploy.errors import STATUS, BodyTooLarge, ModelNotFound, ReplicaLost, error_answer, error_event
@@ -206,3 +207,9 @@ def test_load_passes_everything_on():
     outer.on_step(_step(num_waiting=3))
     outer.on_turn(_turn(queue_s=0.0, total_s=2.0))
     assert (inner.num_waiting, inner.service_s) == (3, 2.0)
+
+
+def test_a_clusters_yaml_can_name_the_application_and_overrule_settings():
+    with pytest.raises(errors.ConfigError, match="replicas"):
+        application({"replicas": 0})
+    assert application({"replicas": 2, "device": "cpu"}) is not None

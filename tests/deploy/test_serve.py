@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -184,6 +185,20 @@ def test_ready_names_all_replicas(http: httpx.Client, cluster: DeploySettings):
     assert len(wait_for(lambda: http.get("/ready").json().get("replicas"))) == cluster.replicas
 
 
+def test_a_replica_that_stands_still_is_named_and_never_waited_for(http: httpx.Client):
+    headers = {"x-session-id": "sleeper"}
+    victim = http.post(CHAT, json=body("hello"), headers=headers).headers["x-loopserve-replica"]
+    sleeper = threading.Thread(
+        target=http.post, args=(CHAT,), kwargs={"json": body("block_ms=9000"), "headers": headers}
+    )
+    sleeper.start()
+    time.sleep(0.5)
+    found = http.get("/v1/sessions").json()
+    assert sleeper.is_alive()
+    assert found["silent"] in ([victim], ["unknown"])  # an ingress that never met it cannot know its name
+    sleeper.join()
+
+
 def test_a_model_that_cannot_be_served_says_why(cluster: DeploySettings, url: str):
     from ray import serve
 
@@ -231,8 +246,6 @@ def test_a_killed_replica_ends_its_stream_at_once_and_nothing_else(http: httpx.C
 
 
 def test_a_replica_killed_before_the_first_byte_is_replaced_for_the_client(http: httpx.Client, url: str):
-    import threading
-
     name = next(iter(names_on_two_replicas(http)))
     headers = {"x-session-id": name}
     process = int(http.post(CHAT, json=body("say=pid"), headers=headers).json()["choices"][0]["message"]["content"])
