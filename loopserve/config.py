@@ -5,11 +5,13 @@ Floor 0; with `kernels/dispatch.py` the only room of `loopserve/` that reads the
 The defaults of `PrefillSparsity` and `DecodeSparsity` are our answers to what the LoopServe paper (arXiv 2507.13681) leaves open.
 """
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Self, cast
+from dataclasses import dataclass, field, fields, is_dataclass
+from inspect import formatannotation
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from loopserve.errors import ConfigError
 
@@ -143,37 +145,46 @@ class EngineConfig:
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
         """Defaults, then `LOOPSERVE_ENGINE_<FIELD>` (nested: `LOOPSERVE_ENGINE_DECODE__BUDGET_TOKENS`, values as JSON or plain text), then
         `overrides`. Raises ConfigError for an unknown or malformed setting."""
-        base = cls(**overrides)
+        settings: dict[str, Any] = {}
+        groups: dict[str, dict[str, Any]] = {}
         for name, text in (os.environ if environ is None else environ).items():
             if name.startswith(ENV_PREFIX):
-                path = name.removeprefix(ENV_PREFIX).lower().split("__")
-                if path[0] not in overrides:
-                    base = cast(Self, _with_setting(base, path, text, name))
-        return base
+                group, _, setting = name.removeprefix(ENV_PREFIX).lower().rpartition("__")
+                place = groups.setdefault(group, {}) if group else settings
+                place[setting] = _read_setting(_group_type(cls, group, name), setting, text, name)
+        # Built at once: a setting may be right only together with another one.
+        settings |= {group: _group_type(cls, group, group)(**values) for group, values in groups.items()}
+        return cls(**(settings | overrides))
 
 
 ENV_PREFIX = "LOOPSERVE_ENGINE_"
 
 
-def _with_setting(record: Any, path: list[str], text: str, name: str) -> Any:
-    known = {f.name for f in fields(record)}
-    if path[0] not in known:
-        raise ConfigError(f"{name}: there is no setting {path[0]!r}; known: {', '.join(sorted(known))}")
-    current = getattr(record, path[0])
-    if is_dataclass(current):
-        if len(path) != 2:
-            raise ConfigError(f"{name}: {path[0]!r} is a group; name one of its settings after a double underscore")
-        return replace(record, **{path[0]: _with_setting(current, path[1:], text, name)})
-    if len(path) != 1:
-        raise ConfigError(f"{name}: {path[0]!r} is not a group")
+def _group_type(config: type, group: str, name: str) -> Any:
+    """The record whose settings `name` addresses: the configuration itself, or one of its groups."""
+    if not group:
+        return config
+    groups = {f.name: f.type for f in fields(config) if is_dataclass(f.type)}
+    if group not in groups:
+        raise ConfigError(f"{name}: there is no group {group!r}; known: {', '.join(sorted(groups))}")
+    return groups[group]
+
+
+def _read_setting(record: type, setting: str, text: str, name: str) -> Any:
+    """The value of one setting, written as JSON or, where it is text, plain. Strict: 1.5 is no count and "yes" no boolean."""
+    known: dict[str, Any] = {f.name: f.type for f in fields(record)}
+    if setting not in known:
+        raise ConfigError(f"{name}: there is no setting {setting!r}; known: {', '.join(sorted(known))}")
+    if is_dataclass(known[setting]):
+        raise ConfigError(f"{name}: {setting!r} is a group; name one of its settings after a double underscore")
+    adapter = TypeAdapter[Any](known[setting])
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    if isinstance(current, str) and not isinstance(value, str):
-        value = text
-    if isinstance(current, bool) is not isinstance(value, bool) and current is not None:
-        raise ConfigError(f"{name}: {text!r} does not fit; the default is {current!r}")
-    if isinstance(current, int | float) and not isinstance(value, int | float):
-        raise ConfigError(f"{name}: {text!r} is not a number")
-    return replace(record, **{path[0]: tuple(value) if isinstance(value, list) else value})
+        return adapter.validate_json(text, strict=True)
+    except ValidationError as error:
+        try:
+            return adapter.validate_python(text, strict=True)
+        except ValidationError:
+            reason = error.errors()[0]["msg"]
+            raise ConfigError(
+                f"{name}: {text!r} does not fit, {formatannotation(known[setting])} is needed: {reason}"
+            ) from None

@@ -1,0 +1,101 @@
+"""Blocks: handed out, shared, kept for their content, and never lost."""
+
+import itertools
+
+import pytest
+
+from loopserve.kv.pool import BlockPool
+from loopserve.plan import NULL_BLOCK
+
+
+@pytest.fixture
+def reclaimed() -> list[int]:
+    return []
+
+
+def pool_of(num_blocks: int, reclaimed) -> BlockPool:
+    return BlockPool(num_blocks, on_reclaim=reclaimed.append)
+
+
+def test_every_block_but_the_null_block_is_handed_out_once(reclaimed):
+    pool = pool_of(6, reclaimed)
+    blocks = [pool.allocate() for _ in range(5)]
+    assert sorted(blocks) == [1, 2, 3, 4, 5]
+    assert NULL_BLOCK not in blocks
+    assert pool.allocate() is None
+    assert pool.num_free == 0 and pool.num_usable == 5
+    pool.check()
+
+
+def test_block_follows_the_one_before_it_while_that_is_free(reclaimed):
+    pool = pool_of(40, reclaimed)
+    first = pool.allocate()
+    second = pool.allocate(first)
+    third = pool.allocate(second)
+    assert [second - first, third - second] == [1, 1]
+    assert pool.allocate(first) not in (second, None)
+
+
+def test_sequences_that_grow_in_turn_each_keep_a_run(reclaimed):
+    pool = pool_of(300, reclaimed)
+    runs = [[pool.allocate()] for _ in range(4)]
+    for _ in range(40):
+        for run in runs:
+            run.append(pool.allocate(run[-1]))
+    assert all(b - a == 1 for run in runs for a, b in itertools.pairwise(run))
+
+
+def test_block_goes_when_its_last_holder_does(reclaimed):
+    pool = pool_of(3, reclaimed)
+    block = pool.allocate()
+    pool.retain(block)
+    pool.release(block)
+    assert pool.count(block) == 1 and pool.num_free == 1
+    pool.release(block)
+    assert pool.count(block) == 0 and pool.num_free == 2
+    assert reclaimed == []  # it was never marked: nobody needs to forget it
+
+
+def test_marked_block_is_kept_and_comes_back(reclaimed):
+    pool = pool_of(3, reclaimed)
+    block = pool.allocate()
+    pool.mark(block)
+    pool.release(block)
+    assert (pool.num_free, pool.num_kept) == (2, 1)
+    pool.retain(block)
+    assert (pool.count(block), pool.num_kept) == (1, 0)
+    assert reclaimed == []
+    pool.check()
+
+
+def test_kept_blocks_are_reclaimed_last_and_the_least_recently_released_first(reclaimed):
+    pool = pool_of(5, reclaimed)
+    first, second, third, never_marked = (pool.allocate() for _ in range(4))
+    for block in (first, second, third):
+        pool.mark(block)
+    for block in (second, first, third, never_marked):
+        pool.release(block)
+    pool.retain(second)  # used again, so released again later
+    pool.release(second)
+    assert pool.allocate() == never_marked
+    assert reclaimed == []
+    assert [pool.allocate() for _ in range(3)] == [first, third, second] == reclaimed
+    pool.check()
+
+
+def test_reclaimed_block_is_not_kept_again_unless_marked_again(reclaimed):
+    pool = pool_of(2, reclaimed)
+    block = pool.allocate()
+    pool.mark(block)
+    pool.release(block)
+    assert pool.allocate() == block
+    pool.release(block)
+    assert (pool.num_free, pool.num_kept) == (1, 0)
+    pool.check()
+
+
+@pytest.mark.parametrize("misuse", ["release", "retain", "mark"])
+def test_free_block_cannot_be_released_retained_or_marked(misuse, reclaimed):
+    pool = pool_of(3, reclaimed)
+    with pytest.raises(AssertionError, match="block 1"):
+        getattr(pool, misuse)(1)
