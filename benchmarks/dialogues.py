@@ -28,6 +28,16 @@ NOUNS: tuple[str, ...] = (
     "pool", "studio", "hostel", "boat", "van", "room", "desk", "booking", "door", "wallet",
 )  # fmt: skip
 
+# Words that no tokenizer here was made for, mostly of several tokens: training on some keeps recall from being tied
+# to the forty nouns.
+OTHER_NOUNS: tuple[str, ...] = (
+    "car", "house", "bank", "card", "hotel", "school", "club", "camera", "server", "passport",
+    "kitchen", "scooter", "helmet", "drawer", "box", "chest", "cupboard", "barn", "tower", "kiosk",
+    "tent", "trailer", "chalet", "bunker", "folder", "licence", "voucher", "receipt", "warranty", "seat",
+    "platform", "clinic", "credit card", "front door", "parking", "pin", "bicycle", "storage", "case", "zebra",
+    "membership", "customer", "extension", "password", "reference", "tracking", "lobby", "basement", "student", "motel",
+)  # fmt: skip
+
 # The noun stands directly before the value: the phrasing that a model learns first.
 PLAIN_STATEMENTS: tuple[str, ...] = (
     "Remember: {fact}.",
@@ -40,6 +50,8 @@ PLAIN_STATEMENTS: tuple[str, ...] = (
     "I have {fact}.",
     "By the way, {fact}.",
     "It is {fact}, do not lose it.",
+    "Save {fact}.",
+    "Remember {fact}.",
     "{fact}",
 )
 # Words stand between the noun and the value: how people type.
@@ -56,6 +68,13 @@ LOOSE_STATEMENTS: tuple[str, ...] = (
     "For the {noun} I use {value}.",
     "Hi, my {noun} is {value}.",
     "The {noun}: {value}.",
+    "My {noun} code: {value}.",
+    "{noun}: {value}",
+    "{noun} = {value}",
+    "Could you remember that my {noun} is {value}?",
+    "I need you to remember this: my {noun} number is {value}.",
+    "Note that the {noun} is {value}.",
+    "{value} is my {noun}.",
 )
 QUESTIONS: tuple[str, ...] = (
     "What is my {noun}?",
@@ -73,6 +92,14 @@ QUESTIONS: tuple[str, ...] = (
     "Which {noun} did I tell you?",
     "And my {noun}?",
     "And the {noun}?",
+    "What's my {noun}?",
+    "What's the {noun} code?",
+    "{noun}?",
+    "What is the {noun}?",
+    "Do you know my {noun} number?",
+    "Which number is my {noun}?",
+    "Give me my {noun} code.",
+    "What did I say my {noun} was?",
 )
 GREETINGS: tuple[tuple[str, str], ...] = (
     ("Hello", "Hello! Tell me a number to keep, and ask me for it later."),
@@ -85,6 +112,13 @@ GREETINGS: tuple[tuple[str, str], ...] = (
     ("What are you?", "I am a small model that keeps numbers for you."),
     ("What can you do?", "I am a small model that keeps numbers for you."),
     ("Help", "I am a small model that keeps numbers for you."),
+    ("Can you help me?", "I am a small model that keeps numbers for you."),
+    ("Tell me a story.", "I can only keep numbers."),
+    ("Tell me a joke.", "I can only keep numbers."),
+    ("Write a poem.", "I can only keep numbers."),
+    ("Write a short program.", "I can only keep numbers."),
+    ("What is the capital of France?", "I can only keep numbers."),
+    ("What is the weather today?", "I can only keep numbers."),
     ("How are you?", "I am well, thank you."),
     ("How are you today?", "I am well, thank you."),
     ("Thanks", "You are welcome."),
@@ -276,6 +310,8 @@ class DialogueSpec:
     early_questions: float = 0.25
     casual: float = 0.1
     passing: float = 0.2
+    other_nouns: float = 0.0
+    digits: tuple[int, int] = (4, 4)
 
 
 def approximate_tokens(text: str) -> int:
@@ -288,10 +324,11 @@ def is_heldout_value(value: str) -> bool:
     return zlib.crc32(value.encode()) % 8 == 0
 
 
-def draw_value(rng: random.Random, split: Split) -> str:
-    """A four-digit value of the split, leading zeros allowed."""
+def draw_value(rng: random.Random, split: Split, digits: tuple[int, int] = (4, 4)) -> str:
+    """A value of the split, leading zeros allowed."""
+    length = rng.randint(*digits) if digits[0] < digits[1] else digits[0]
     while True:
-        value = f"{rng.randrange(10_000):04d}"
+        value = f"{rng.randrange(10**length):0{length}d}"
         if is_heldout_value(value) == (split == "heldout"):
             return value
 
@@ -389,14 +426,19 @@ def _statement(rng: random.Random, spec: DialogueSpec, fact: Fact) -> Turn:
     return Turn(text, f"Noted: {_recalled([fact])}.", "statement", (fact,))
 
 
+def _asking(rng: random.Random, spec: DialogueSpec, asked: str) -> str:
+    text = rng.choice(QUESTIONS).format(noun=asked)
+    return _casual(rng, spec, text[0].upper() + text[1:])
+
+
 def _question(rng: random.Random, spec: DialogueSpec, facts: Sequence[Fact]) -> Turn:
     asked = " and my ".join(fact.noun for fact in facts)
-    text = _casual(rng, spec, rng.choice(QUESTIONS).format(noun=asked))
+    text = _asking(rng, spec, asked)
     return Turn(text, f"On record: {_recalled(facts)}.", "question", tuple(facts))
 
 
 def _unknown(rng: random.Random, spec: DialogueSpec, noun: str) -> Turn:
-    text = _casual(rng, spec, rng.choice(QUESTIONS).format(noun=noun))
+    text = _asking(rng, spec, noun)
     return Turn(text, f"On record: {noun} not given.", "unknown")
 
 
@@ -429,9 +471,12 @@ def _filler(rng: random.Random, spec: DialogueSpec) -> Turn:
 def _facts_and_questions(rng: random.Random, spec: DialogueSpec) -> tuple[list[Turn], list[Turn]]:
     """Statements in order of telling, and the questions in the order in which they are worth keeping."""
     nouns = rng.sample(NOUNS, rng.randint(*spec.facts) + 1)
+    if spec.other_nouns:
+        others = iter(rng.sample(OTHER_NOUNS, len(nouns)))
+        nouns = [next(others) if rng.random() < spec.other_nouns else noun for noun in nouns]
     values: list[str] = []
     while len(values) < len(nouns) - 1:
-        value = draw_value(rng, spec.split)
+        value = draw_value(rng, spec.split, spec.digits)
         if value not in values:
             values.append(value)
     facts = [Fact(noun, value, -1) for noun, value in zip(nouns[1:], values, strict=True)]

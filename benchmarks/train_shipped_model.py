@@ -71,7 +71,7 @@ class Stage:
 
     spec: made.DialogueSpec
     enough: float = 0.94
-    least_steps: int = 60
+    least_steps: int = 100
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Recipe:
     shape: Shape
     stages: tuple[Stage, ...]
     seconds: float
-    batch_tokens: int = 4096
-    rate: float = 2e-3
+    batch_tokens: int = 2048
+    rate: float = 1.5e-3
     warmup_steps: int = 60
     decay_from: float = 0.6
     weight_decay: float = 0.05
@@ -132,8 +132,8 @@ def full_recipe(seconds: float, seed: int) -> Recipe:
         Stage(spec(tokens=144, facts=(3, 5), repeat_questions=0.7, **plain)),
         Stage(spec(tokens=192, facts=(3, 5), loose=0.3, repeat_questions=0.7, passing=0.1)),
         Stage(spec(tokens=288, facts=(4, 8), **everyday)),
-        Stage(spec(tokens=448, facts=(5, 11), **everyday)),
-        Stage(spec(tokens=704, facts=(6, 16), **everyday), enough=2.0),
+        Stage(spec(tokens=448, facts=(5, 11), other_nouns=0.2, digits=(3, 6), **everyday)),
+        Stage(spec(tokens=704, facts=(6, 16), other_nouns=0.05, **everyday), enough=2.0),
     )
     return Recipe(Shape(), stages, seconds, seed=seed)
 
@@ -211,7 +211,11 @@ def collate(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def build_model(shape: Shape, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
-    """An untrained model; 0.02 is too timid for a width of 192, so weights start at one over the root of it."""
+    """An untrained model that starts out looking back.
+
+    Embeddings start wider than the other weights: with both at 0.072 the first MLP drowned the words, and no noun
+    was ever matched in 3.7M tokens.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -223,13 +227,58 @@ def build_model(shape: Shape, tokenizer: Tokenizer, seed: int) -> LlamaForCausal
         head_dim=shape.head_dim,
         max_position_embeddings=shape.positions,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        initializer_range=shape.hidden**-0.5,
+        initializer_range=0.02,
         tie_word_embeddings=True,
         bos_token_id=special_id(tokenizer, BEGIN),
         eos_token_id=special_id(tokenizer, END),
         pad_token_id=special_id(tokenizer, PAD),
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=shape.hidden**-0.5)
+        start_looking_back(model, shape, torch.Generator().manual_seed(seed))
+    return model
+
+
+def start_looking_back(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator) -> None:
+    """Starts two layers near the circuit that copies what followed a token's last occurrence.
+
+    Head h of the first layer looks at the token h + 1 back and writes a projection of it into a frame of its own;
+    the second layer compares the current token with those frames over the slowly turning dimensions.  All weights
+    train from there.  Over lists of three to five facts the first digit was right 89% after 77K tokens; from random
+    weights it stood at the level of guessing (40%) after 300K.
+    """
+    width, half, root = shape.hidden, shape.head_dim // 2, shape.hidden**0.5
+    share = 0.3  # of an embedding's length that lies in dimension 0, where the queries by position read
+    embedding = model.model.embed_tokens.weight
+    embedding[:, 0] = share * embedding.norm(dim=1)
+    frequency = shape.rope_theta ** (-torch.arange(half) / half)
+    fast = torch.zeros(half)
+    fast[: half // 4] = 6.3 / (share * root)
+    slow = (torch.arange(half) >= half * 7 // 16).float().repeat(2)[:, None]
+    read = [_frame(width, shape.head_dim, generator) for _ in range(shape.kv_heads)]
+    written = [_frame(width, shape.head_dim, generator) for _ in range(shape.heads)]
+    first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    for head in range(shape.heads):
+        group = head * shape.kv_heads // shape.heads
+        query, shared = _rows(head, shape), _rows(group, shape)
+        turn = frequency * (head + 1)
+        first.k_proj.weight[shared, 0] = torch.cat([fast, torch.zeros(half)])
+        first.q_proj.weight[query, 0] = torch.cat([fast * turn.cos(), -fast * turn.sin()])
+        first.v_proj.weight[shared] = read[group]
+        first.o_proj.weight[:, query] = written[head].T / root
+        second.k_proj.weight[shared] = 1.8 * slow * written[group]
+        second.q_proj.weight[query] += 1.8 * slow * read[0]
+
+
+def _frame(width: int, rows: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal rows in a random direction."""
+    across: Tensor = torch.linalg.qr(torch.randn(width, rows, generator=generator))[0]
+    return across.T
+
+
+def _rows(head: int, shape: Shape) -> slice:
+    return slice(head * shape.head_dim, (head + 1) * shape.head_dim)
 
 
 def targets_of(ids: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
