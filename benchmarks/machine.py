@@ -1,0 +1,104 @@
+"""States what a number was measured on, and whether the machine was quiet. Every result carries it.
+
+Knows nothing about what is measured. Reads the operating system and the versions of installed packages, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+LOAD_MAX = 0.7  # runnable processes over the last minute: above it something else takes a core now and then
+
+
+class BusyMachine(SystemExit):
+    """The machine has other work; numbers taken now would be about that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where and when something was measured."""
+
+    cpu: str
+    cores: int  # that this process may use
+    memory_gib: float
+    threads: int  # of torch, within one operation
+    load_before: float  # runnable processes, mean of the minute before the run
+    python: str
+    torch: str
+    transformers: str
+    loopserve: str
+    commit: str  # of the checkout; "+" when files differ from it
+    date: str  # ISO 8601, UTC
+
+    def sentence(self) -> str:
+        """The same for a reader."""
+        return (
+            f"{self.cpu}, {self.cores} cores, {self.memory_gib:.0f} GiB, {self.threads} torch threads, "
+            f"load before the run {self.load_before:.2f}; Python {self.python}, torch {self.torch}, "
+            f"transformers {self.transformers}, loopserve {self.loopserve} at {self.commit}; {self.date}."
+        )
+
+
+def describe_machine(*, load_before: float) -> Machine:
+    """This machine, now."""
+    return Machine(
+        cpu=_cpu_model(),
+        cores=usable_cores(),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        threads=torch.get_num_threads(),
+        load_before=round(load_before, 2),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=metadata.version("transformers"),
+        loopserve=metadata.version("loopserve"),
+        commit=_commit(Path(__file__).resolve().parent.parent),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def require_quiet(*, forced: bool, load_max: float = LOAD_MAX) -> float:
+    """The load of the last minute. Raises BusyMachine when it is above `load_max` and the run is not forced."""
+    load = os.getloadavg()[0]
+    if load > load_max and not forced:
+        raise BusyMachine(
+            f"The load of the last minute is {load:.2f}, above {load_max}: wait until the machine is quiet, "
+            "or pass --force for numbers that must not be published."
+        )
+    return load
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit(root: Path) -> str:
+    head = _git(root, "rev-parse", "--short=10", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("+" if _git(root, "status", "--porcelain", "--", "loopserve", "benchmarks/*.py") else "")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

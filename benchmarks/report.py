@@ -1,0 +1,56 @@
+"""Owns what a result looks like on disk: one JSON file with every number, one Markdown file with the tables people read.
+
+Knows nothing about what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import Machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of a result, cells already formatted."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.header) for row in self.rows), "every row has a cell for every column"
+
+    def markdown(self) -> str:
+        """The table under its title."""
+        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        return f"## {self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def write_result(
+    directory: Path,
+    name: str,
+    *,
+    title: str,
+    machine: Machine,
+    numbers: Mapping[str, Any],
+    tables: Sequence[Table],
+    notes: Sequence[str],
+) -> str:
+    """Write `name`.json and `name`.md into the directory, and give the Markdown back."""
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {"title": title, "machine": asdict(machine), **numbers}
+    (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    parts = [f"# {title}", machine.sentence(), *(table.markdown() for table in tables)]
+    if notes:
+        parts.append("\n".join(f"- {note}" for note in notes))
+    text = "\n\n".join(parts) + "\n"
+    (directory / f"{name}.md").write_text(text, encoding="utf-8")
+    return text
