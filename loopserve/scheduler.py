@@ -253,9 +253,12 @@ class Scheduler:
         self._notices.append(Notice(turn, TurnStarted(turn.turn_id, turn.cached_tokens, lease.rectified_tokens)))
 
     def _has_room_for(self, num_tokens: int) -> bool:
-        """Whether a turn of that length fits beside the running ones, with one block to grow for each of them."""
+        """Whether a turn of that length fits beside all that the running ones know, with one block to grow for each of them."""
         pool = self._cache.pool
-        needed = -(-num_tokens // BLOCK_TOKENS) + len(self._running)
+        promised = sum(
+            self._cache.num_blocks_missing(turn.leased_branch.table, len(turn.known_ids)) + 1 for turn in self._running
+        )
+        needed = -(-num_tokens // BLOCK_TOKENS) + promised
         if needed <= pool.num_free:
             return True
         pinned = {block for turn in self._running for block in turn.leased_branch.table.blocks}
