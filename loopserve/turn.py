@@ -31,7 +31,7 @@ class Turn:
     session: Session | None = None
     branch: Branch | None = None
     start: int = 0  # position of the first token computed since the last admission; chunks are counted from here
-    is_decoding: bool = False  # the prefill since the last admission is over: only the newest output remains to be computed
+    is_decoding: bool = False  # the prefill since the last admission is over: only the newest output is left
     decode_steps: int = 0  # since the last admission
     decode_sparse: bool = False
     budget_at_choice: int = 0

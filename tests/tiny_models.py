@@ -3,8 +3,15 @@
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from loopserve.attention import SOCKET_NAME, register_socket
 from loopserve.loading import LoadedModel, describe
@@ -12,18 +19,18 @@ from loopserve.loading import LoadedModel, describe
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB = 260  # 256 bytes and a few special tokens
 EOS_ID = 257
-_SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    bos_token_id=256,
-    eos_token_id=EOS_ID,
-    pad_token_id=258,
-)
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 256,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": 258,
+}
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
