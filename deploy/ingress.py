@@ -313,7 +313,8 @@ def _affinity(call: TurnCall) -> AffinityKey:
         resident: tuple[str, ...] = (session_key(call.tenant, call.session_name),)
     else:
         resident = () if call.continuation is None else (call.continuation,)
-    return AffinityKey(home=call.home, resident=resident, prompt_tokens=num_tokens)
+    continues = bool(known_part(request.messages or ()))
+    return AffinityKey(home=call.home, resident=resident, prompt_tokens=num_tokens, continues=continues)
 
 
 def _absent(name: str, silent: tuple[str, ...]) -> LoopServeError:

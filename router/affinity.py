@@ -8,7 +8,8 @@ Hop 2 of a turn. Knows nothing about Ray, HTTP or the engine; imports nothing of
     4 home         rendezvous hashing over the live replicas: every router computes the same without talking
       spill        ... unless the home of a NEW conversation is loaded over its peers
 
-A conversation that is resident somewhere (2, 3) stays, unless waiting there costs more than moving it (`moved`).
+A conversation that is resident somewhere (2, 3) stays, unless waiting there costs more than moving it (`moved`). One that goes on but is
+not published yet counts as resident at its home.
 Every ranking holds all replicas, so that a dead first choice falls to the next at once.
 """
 
@@ -50,6 +51,7 @@ class AffinityKey:
     prompt_tokens: int = 0  # rough size of what a move would compute again
     avoid: str = ""  # replica that has just failed this request: ranked last
     address: str = ""  # replica that must take it, or nobody
+    continues: bool = False  # it brings earlier turns, which somebody has computed: its home, unless one claims it
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ def encode_affinity(key: AffinityKey) -> str:
     """The key as one string without spaces; `decode_affinity` is its inverse."""
     if key.address:
         return f"@{key.address}"
-    return ";".join(("v1", key.home, ",".join(key.resident), str(key.prompt_tokens), key.avoid))
+    continues = "continues" if key.continues else ""
+    return ";".join(("v2", key.home, ",".join(key.resident), str(key.prompt_tokens), key.avoid, continues))
 
 
 def decode_affinity(text: str) -> AffinityKey:
@@ -159,12 +162,13 @@ def decode_affinity(text: str) -> AffinityKey:
     if text.startswith("@"):
         return AffinityKey(home="", address=text[1:])
     parts = text.split(";")
-    if len(parts) == 5 and parts[0] == "v1" and parts[3].isdigit():
+    if len(parts) == 6 and parts[0] == "v2" and parts[3].isdigit():
         return AffinityKey(
             home=parts[1],
             resident=tuple(filter(None, parts[2].split(","))),
             prompt_tokens=int(parts[3]),
             avoid=parts[4],
+            continues=parts[5] == "continues",
         )
     return AffinityKey(home=text, resident=(text,))
 
@@ -210,6 +214,8 @@ class Affinity:
 
     def _first_choice(self, key: AffinityKey, usable: Sequence[ReplicaView]) -> tuple[ReplicaName, Reason]:
         holder, reason = self._holder(key, {view.name for view in usable})
+        if holder is None and key.continues:
+            holder = usable[0].name
         if holder is None:
             return _new_home(usable, self._settings)
         view = next(view for view in usable if view.name == holder)

@@ -136,6 +136,15 @@ def test_a_hot_common_opening_spreads_over_all_replicas():
     assert reasons[Reason.HOME] >= 20 and reasons[Reason.SPILL] >= 30
 
 
+def test_a_conversation_that_goes_on_is_not_spilled_while_nobody_has_published_it():
+    r = router(spill_turns=1)
+    home = r.rank(AffinityKey(home="h"), views("a", "b", "c")).replicas[0]
+    busy = views("a", "b", "c", **{home: ReplicaLoad(running=30)})
+    assert r.rank(AffinityKey(home="h"), busy).reason is Reason.SPILL
+    ranking = r.rank(AffinityKey(home="h", resident=("unpublished",), continues=True), busy)
+    assert (ranking.replicas[0], ranking.reason) == (home, Reason.HOME)
+
+
 def test_a_resident_conversation_stays_although_its_replica_is_loaded():
     r = router(spill_turns=1)
     r.publish(claims(a={"k": 1.0}))
@@ -192,6 +201,7 @@ hexes = st.text("0123456789abcdef", min_size=1, max_size=32)
         resident=st.lists(hexes, max_size=3).map(tuple),
         prompt_tokens=st.integers(0, 10**7),
         avoid=st.text("abc123-", max_size=8),
+        continues=st.booleans(),
     )
 )
 def test_an_encoded_key_decodes_to_itself(key: AffinityKey):
@@ -201,7 +211,7 @@ def test_an_encoded_key_decodes_to_itself(key: AffinityKey):
 def test_addresses_and_foreign_session_ids_decode():
     assert decode_affinity(encode_affinity(AffinityKey(home="", address="r1"))).address == "r1"
     assert decode_affinity("plain") == AffinityKey(home="plain", resident=("plain",))
-    assert decode_affinity("v1;h;k;notanumber;").home == "v1;h;k;notanumber;"
+    assert decode_affinity("v2;h;k;notanumber;;").home == "v2;h;k;notanumber;;"
 
 
 def test_claims_are_cut_at_the_limit_newest_first_and_a_torn_table_is_read_as_far_as_it_goes():
