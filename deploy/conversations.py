@@ -73,12 +73,16 @@ class Conversations:
             del self._by_continuation[continuation]
 
     def claims(self, limit: int) -> list[tuple[str, float]]:
-        """(key, last use) of the most recently used conversations, at most `limit` keys: what this replica publishes."""
-        found: list[tuple[str, float]] = []
+        """(key, last use) of what this replica holds, at most `limit` keys: what it publishes.
+
+        First every conversation with its newest answer, most recently used first; then, as room is left, the branches beside these.
+        """
+        newest: list[tuple[str, float]] = []
+        beside: list[tuple[str, float]] = []
         for conversation in reversed(self._by_session.values()):
-            newest = next(reversed(conversation.continuations), None)
-            keys = [conversation.session_key] if newest is None else [conversation.session_key, newest]
-            if len(found) + len(keys) > limit:
+            keys = [conversation.session_key, *reversed(conversation.continuations)]
+            if len(newest) + len(keys[:2]) > limit:
                 break
-            found += [(key, conversation.last_used_s) for key in keys]
-        return found
+            newest += [(key, conversation.last_used_s) for key in keys[:2]]
+            beside += [(key, conversation.last_used_s) for key in keys[2:]]
+        return (newest + beside)[:limit]

@@ -135,9 +135,19 @@ def test_a_conversation_is_found_by_its_last_answers():
     table.learn("s", "c2")
     assert table.name_of("c1") == table.name_of("c2") == "name"
     assert table.name_of("c3") is None and table.name_of(None) is None
-    assert table.claims(10) == [("s", 1.0), ("c2", 1.0)]
+    assert table.claims(10) == [("s", 1.0), ("c2", 1.0), ("c1", 1.0)]
     table.forget("s")
     assert table.name_of("c1") is None and table.claims(10) == [] and len(table) == 0
+
+
+def test_branches_are_published_after_the_newest_answer_of_every_conversation():
+    table = Conversations(limit=10, clock=Clock())
+    for session in ("s", "t"):
+        table.use(session, session)
+        for number in (1, 2, 3):
+            table.learn(session, f"{session}{number}")
+    assert [key for key, _ in table.claims(10)] == ["t", "t3", "s", "s3", "t2", "t1", "s2", "s1"]
+    assert [key for key, _ in table.claims(5)] == ["t", "t3", "s", "s3", "t2"]
 
 
 def test_what_was_never_used_or_is_forgotten_learns_nothing():
