@@ -207,8 +207,9 @@ class Replica:
         return Refusal(error_answer(error), self._name, elsewhere=not self._engine.is_alive())
 
     def _learn(self, call: TurnCall, key: ConversationKey, writer: AnswerWriter) -> None:
+        """Only nameless conversations come back by what was said: a named one would draw in strangers who said and heard the same."""
         messages = call.request.messages
-        if messages is None:
+        if messages is None or call.session_name is not None:
             return
         for text in writer.texts:
             if text:

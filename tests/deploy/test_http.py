@@ -164,6 +164,25 @@ async def test_two_conversations_with_one_opening_are_two_sessions():
     assert first.headers["x-session-id"] != second.headers["x-session-id"]
 
 
+async def test_who_said_and_heard_the_same_as_a_named_session_is_not_taken_into_it():
+    async with client_of(LocalFleet(names=("a", "b", "c"))) as client:
+        first = await client.post(CHAT, json=body("x"))
+        for number in range(8):  # on all replicas, later than the first
+            await client.post(CHAT, json=body("x"), headers={"x-session-id": f"theirs-{number}"})
+        second = await client.post(CHAT, json=body("x", first.json()["choices"][0]["message"]["content"], "y"))
+    for header in ("x-session-id", "x-loopserve-replica"):
+        assert second.headers[header] == first.headers[header]
+
+
+async def test_only_a_conversation_with_an_answer_goes_on():
+    fleet = LocalFleet()
+    async with client_of(fleet) as client:
+        for headers in ({}, {"x-session-id": "named"}):
+            await client.post(CHAT, json=body("x"), headers=headers)
+            await client.post(CHAT, json=body("x", "y", "z"), headers=headers)
+    assert [key.continues for _, key in fleet.calls] == [False, True, False, True]
+
+
 async def test_an_edited_history_is_a_new_conversation():
     async with client_of(LocalFleet()) as client:
         (first,) = await converse(client, "hello", 1)
