@@ -76,6 +76,24 @@ LOOSE_STATEMENTS: tuple[str, ...] = (
     "Note that the {noun} is {value}.",
     "{value} is my {noun}.",
 )
+DOUBLE_STATEMENTS: tuple[str, ...] = (
+    "My {a} is {x} and my {b} is {y}.",
+    "My {a} number is {x} and the {b} code is {y}.",
+    "My {a} code is {x} and my {b} number is {y}.",
+    "Remember {a} {x} and {b} {y}.",
+    "Please note {a} {x}, {b} {y}.",
+    "The {a} is {x}, the {b} is {y}.",
+)
+# A noun without a value: nothing to note.  The last one appears only in held-out dialogues.
+MENTIONS: tuple[str, ...] = (
+    "I left the {noun} in a hurry this morning.",
+    "My {noun} is fine, thank you.",
+    "The {noun} is broken again.",
+    "By the way, my {noun} looks old.",
+    "Someone cleaned the {noun} yesterday.",
+    "We talked about a new {noun} at lunch.",
+    "My brother has a better {noun} than me.",
+)
 QUESTIONS: tuple[str, ...] = (
     "What is my {noun}?",
     "What is my {noun} code?",
@@ -311,6 +329,8 @@ class DialogueSpec:
     casual: float = 0.1
     passing: float = 0.2
     other_nouns: float = 0.0
+    mentions: float = 0.0
+    doubles: float = 0.0
     digits: tuple[int, int] = (4, 4)
 
 
@@ -426,6 +446,11 @@ def _statement(rng: random.Random, spec: DialogueSpec, fact: Fact) -> Turn:
     return Turn(text, f"Noted: {_recalled([fact])}.", "statement", (fact,))
 
 
+def _double(rng: random.Random, spec: DialogueSpec, one: Fact, two: Fact) -> Turn:
+    text = rng.choice(DOUBLE_STATEMENTS).format(a=one.noun, x=one.value, b=two.noun, y=two.value)
+    return Turn(_casual(rng, spec, text), f"Noted: {_recalled([one, two])}.", "statement", (one, two))
+
+
 def _asking(rng: random.Random, spec: DialogueSpec, asked: str) -> str:
     text = rng.choice(QUESTIONS).format(noun=asked)
     return _casual(rng, spec, text[0].upper() + text[1:])
@@ -465,6 +490,9 @@ def _filler(rng: random.Random, spec: DialogueSpec) -> Turn:
     if rng.random() < spec.greeting:
         said, reply = rng.choice(GREETINGS)
         return Turn(_casual(rng, spec, said), reply, "greeting")
+    if spec.mentions and rng.random() < spec.mentions:
+        noun = rng.choice(NOUNS)
+        return Turn(rng.choice(_seen_part(MENTIONS, spec.split)).format(noun=noun), "I see.", "smalltalk")
     return _smalltalk(rng, spec)
 
 
@@ -481,6 +509,9 @@ def _facts_and_questions(rng: random.Random, spec: DialogueSpec) -> tuple[list[T
             values.append(value)
     facts = [Fact(noun, value, -1) for noun, value in zip(nouns[1:], values, strict=True)]
     statements = [_statement(rng, spec, fact) for fact in facts]
+    if spec.doubles and len(facts) > 1 and rng.random() < spec.doubles:
+        at = rng.randrange(len(facts) - 1)
+        statements[at : at + 2] = [_double(rng, spec, facts[at], facts[at + 1])]
     asked = rng.sample(facts, len(facts))
     asked += [fact for fact in facts if rng.random() < spec.repeat_questions]
     questions = [_question(rng, spec, [fact]) for fact in asked]
@@ -506,14 +537,14 @@ def _arrange(
             late.append(question)
             continue
         nouns = {fact.noun for fact in question.facts}
-        told = [i for i, turn in enumerate(body) if turn.kind == "statement" and turn.facts[0].noun in nouns]
+        told = [i for i, turn in enumerate(body) if turn.kind == "statement" and nouns & {f.noun for f in turn.facts}]
         body.insert(rng.randint(max(told, default=-1) + 1, len(body)), question)
     return body + late
 
 
 def _number_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     """Fills in where each fact was stated, now that the order is known."""
-    stated = {turn.facts[0].noun: index for index, turn in enumerate(turns) if turn.kind == "statement"}
+    stated = {fact.noun: at for at, turn in enumerate(turns) if turn.kind == "statement" for fact in turn.facts}
     return tuple(
         Turn(t.user, t.answer, t.kind, tuple(Fact(f.noun, f.value, stated[f.noun]) for f in t.facts)) for t in turns
     )
