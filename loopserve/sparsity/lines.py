@@ -10,6 +10,8 @@ from torch import Tensor
 from loopserve.config import PrefillSparsity
 from loopserve.sparsity.grid import LineSelection, TileGrid, local_diagonals
 
+_CHANCE = 3.0  # times its mean weight that a vertical may weigh in one query tile by chance: 1 chose up to half again as many cells
+
 
 class Lines:
     """Slash tiles by gain per computed cell, then verticals by the weight that no chosen tile holds."""
@@ -36,14 +38,18 @@ def _union(mass: Tensor, grid: TileGrid, *, alpha: float, num_sinks: int, local:
     """Tiles and columns that hold alpha of each head's weight together.
 
     1. tau: the weight of the last column needed if columns alone, heaviest first, had to hold alpha.
-    2. Tile-diagonals, local ones first, then by weight for each column's worth of computed cells, as long as that is at least tau
-       (such a tile is no worse than the columns it replaces) and alpha is not yet held.
+    2. Tile-diagonals, local ones first, then by what they add for each column's worth of computed cells, as long as that is at
+       least tau (such a tile is no worse than the columns it replaces) and alpha is not yet held. What verticals will hold anyway
+       is not added: one heavy column would else pull in every tile that it crosses.
     3. Columns by the weight that no chosen tile holds, heaviest first, until tiles and columns together hold alpha.
     """
     target = alpha * mass.sum(dim=(1, 2))  # [H]
-    by_weight = mass.sum(dim=1).sort(dim=1, descending=True).values  # [H, N]
-    tau = by_weight.gather(1, (_num_until(by_weight, target) - 1).clamp(min=0)[:, None])  # [H, 1]
-    tiles = _best_tiles(mass, grid, target=target, local=local, least_gain=tau)
+    vertical = _vertical_mass(mass)  # [H, N]
+    by_weight = vertical.sort(dim=1, descending=True).values
+    tau = by_weight.gather(1, (_num_until(by_weight, alpha * vertical.sum(dim=1)) - 1).clamp(min=0)[:, None])  # [H, 1]
+    held_anyway = vertical.masked_fill(vertical < tau, 0.0) / mass.shape[1]  # by verticals, in each query tile
+    added = (mass - _CHANCE * held_anyway[:, None]).clamp(min=0.0)
+    tiles = _best_tiles(mass, added, grid, target=target, local=local, least_gain=tau)
     outside = _outside(mass, tiles, grid)
     return _with_columns(outside, target - (mass.sum(dim=(1, 2)) - outside.sum(dim=1)), tiles, num_sinks)
 
@@ -51,17 +57,32 @@ def _union(mass: Tensor, grid: TileGrid, *, alpha: float, num_sinks: int, local:
 def _separate(mass: Tensor, grid: TileGrid, *, alpha: float, num_sinks: int, local: Tensor) -> LineSelection:
     """Tiles that hold alpha of each head's weight, and columns that hold alpha too: the rule of arXiv 2502.20766, to compare."""
     target = alpha * mass.sum(dim=(1, 2))
-    tiles = _best_tiles(mass, grid, target=target, local=local, least_gain=torch.zeros_like(target)[:, None])
+    tiles = _best_tiles(mass, mass, grid, target=target, local=local, least_gain=torch.zeros_like(target)[:, None])
     return _with_columns(mass.sum(dim=1), target, tiles, num_sinks)
 
 
-def _best_tiles(mass: Tensor, grid: TileGrid, *, target: Tensor, local: Tensor, least_gain: Tensor) -> Tensor:
-    """Tile-diagonals, local first, then by gain down to `least_gain` [H, 1], until they hold `target` [H]; bool [H, T].
+def _vertical_mass(mass: Tensor) -> Tensor:
+    """Weight of each column [H, N] as all query tiles but its heaviest have it, scaled up to all of them.
 
-    Gain is a diagonal's weight for each column's worth (num_rows) of cells it computes, so that it compares with a column's weight.
+    A column that is heavy for one tile's sampled rows alone lies on a slash as likely as not, and the next rows will look beside it.
+    """
+    num_tiles = mass.shape[1]
+    if num_tiles == 1:
+        return mass[:, 0]
+    return (mass.sum(dim=1) - mass.amax(dim=1)) * (num_tiles / (num_tiles - 1))
+
+
+def _best_tiles(
+    mass: Tensor, added: Tensor, grid: TileGrid, *, target: Tensor, local: Tensor, least_gain: Tensor
+) -> Tensor:
+    """Tile-diagonals, local first, then by gain down to `least_gain` [H, 1], until they hold `target` [H] of `mass`; bool [H, T].
+
+    Gain is the part of a diagonal's weight in `added` for each column's worth (num_rows) of cells that it computes, so that it
+    compares with a column's weight.
     """
     weight = grid.along_diagonals(grid.tile_mass(mass))  # [H, T]
-    gain = weight * grid.num_rows / grid.along_diagonals(grid.tile_cells(mass.device))
+    cells = grid.along_diagonals(grid.tile_cells(mass.device))
+    gain = grid.along_diagonals(grid.tile_mass(added)) * grid.num_rows / cells
     order = gain.masked_fill(local, torch.inf).argsort(dim=1, descending=True)
     num_needed = _num_until(weight.gather(1, order), target)
     needed = torch.arange(grid.num_diagonals, device=mass.device) < num_needed[:, None]

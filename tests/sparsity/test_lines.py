@@ -142,3 +142,14 @@ def test_heads_choose_alone():
     for head in range(2):
         alone = read_mask(choose(weights[head : head + 1], grid, alpha=0.6), grid)
         assert torch.equal(both[head], alone[0])
+
+
+def test_heavy_columns_do_not_pull_in_the_tiles_that_they_cross():
+    grid = TileGrid(start=1536, num_rows=512, tile_tokens=64)
+    generator = torch.Generator().manual_seed(0)
+    logits = (3.0 * torch.randn(grid.num_columns, generator=generator)).expand(grid.num_rows, -1)
+    weights = logits.masked_fill(~causal_mask(grid), float("-inf")).softmax(dim=1)[None]
+    selection = choose(weights, grid, alpha=0.95)
+    read = read_mask(selection, grid)
+    assert (weights * read).sum() >= 0.95 * grid.num_rows
+    assert read.sum() < 0.25 * grid.num_cells  # with whole tiles for single columns it was 0.86
