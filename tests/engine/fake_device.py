@@ -12,7 +12,7 @@ from hashlib import blake2b
 import torch
 
 from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig, PrefillSparsity
-from loopserve.dialogue import SessionId, TokenId, TokensGenerated, TurnEnded, TurnEvent, TurnId, TurnStarted
+from loopserve.dialogue import Mode, SessionId, TokenId, TokensGenerated, TurnEnded, TurnEvent, TurnId, TurnStarted
 from loopserve.engine import Engine
 from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel
@@ -156,6 +156,7 @@ class FakeDevice:
             assert slot is not None, f"turn {turn.turn_id} reads position {position}, which nobody wrote"
             assert slot.digest == digest, f"turn {turn.turn_id} reads another context at position {position}"
             assert slot.owner in (None, turn.request.session_id), "approximate KV of another session is read"
+            assert slot.is_exact or turn.policy.mode is not Mode.EXACT, "an exact turn reads approximate KV"
             if position < turn.leased_branch.table.exact_tokens:
                 assert slot.is_exact, f"position {position} is called exact but is not"
 

@@ -35,7 +35,7 @@ contracts = st.builds(
 )
 samplings = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 40),
+    max_tokens=st.integers(1, 60),
     min_tokens=st.just(0),
     seed=st.sampled_from([None, 0, 7]),
     ignore_eos=st.booleans(),
@@ -73,7 +73,7 @@ class Dialogues(RuleBasedStateMachine):
     )
     @precondition(lambda self: not hasattr(self, "engine"))
     def build(self, kv_blocks, max_running, reuse, chunk_tokens):
-        config = small_config(kv_blocks=kv_blocks, max_running_turns=max_running, reuse=reuse)
+        config = small_config(kv_blocks=kv_blocks, max_running_turns=max_running, reuse=reuse, max_queue_s=100.0)
         config = replace(config, prefill=replace(config.prefill, chunk_tokens=chunk_tokens))
         self.engine, self.device = fake_engine(config, clock=self.clock)
         self.config = config
@@ -115,6 +115,14 @@ class Dialogues(RuleBasedStateMachine):
             history = history[: data.draw(st.integers(0, len(history)))]
         self.submit(session, history + new, next(iter(self.salts_of(session)), ""), contract, sampling, branches)
 
+    @precondition(lambda self: self.ready() and self.histories)
+    @rule(data=st.data(), new=tokens, sampling=samplings)
+    def go_on_sparsely(self, data, new, sampling):
+        """The common case: the newest answer of a conversation is followed by its next prompt."""
+        session = data.draw(st.sampled_from(sorted(self.histories)))
+        salt = next(iter(self.salts_of(session)), "")
+        self.submit(session, self.histories[session][-1] + new, salt, QualityContract(mode=Mode.SPARSE), sampling, 1)
+
     @precondition(lambda self: self.ready() and self.running())
     @rule(data=st.data())
     def cancel(self, data):
@@ -153,7 +161,7 @@ class Dialogues(RuleBasedStateMachine):
         self.engine.set_budget(budget)
 
     @precondition(ready)
-    @rule(seconds=st.sampled_from([1.0, 1.0, 10.0, 60.0]))
+    @rule(seconds=st.sampled_from([1.0, 1.0, 1.0, 60.0]))
     def wait(self, seconds):
         self.clock.now_s += seconds
 
@@ -276,7 +284,7 @@ class Dialogues(RuleBasedStateMachine):
         return live | {s.salt for s in self.engine._sessions if s.session_id == session}
 
 
-NORMAL = settings(max_examples=40, stateful_step_count=30, suppress_health_check=list(HealthCheck))
+NORMAL = settings(max_examples=100, stateful_step_count=30, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=1500, stateful_step_count=60, suppress_health_check=list(HealthCheck))
 
 
