@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from loopserve.admission import Limits, check_request
 from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import FinishReason, SessionId, TurnEnded, TurnEvent, TurnId, TurnRequest
-from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, NotFound, Overloaded
+from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, Overloaded
 from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel, load_model
 from loopserve.quality import TurnPolicy
@@ -178,7 +178,8 @@ class Engine:
         done: Future[None] = Future()
         with self._work:
             self._check_available()
-            self._sessions.get(session_id)
+            if all(turn.request.session_id != session_id for turn in self._scheduler.turns()):
+                self._sessions.get(session_id)  # the first turn of a session may still wait for its place
             self._releases.append((session_id, done))
             self._work.notify_all()
             if self._thread is None:
@@ -282,11 +283,9 @@ class Engine:
                 self._scheduler.end(turn, FinishReason.CANCELLED)
         self._cancels.clear()
         for session_id, done in self._releases:
-            try:
+            if self._sessions.find(session_id) is not None:
                 self._sessions.release(session_id)
-                done.set_result(None)
-            except NotFound as error:
-                done.set_exception(error)
+            done.set_result(None)
         self._releases.clear()
         if released:
             self._scheduler.room_was_made()

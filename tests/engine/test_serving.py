@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from fake_device import Inbox, StatsLog, drain, fake_engine, small_config
 
-from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnRequest
-from loopserve.errors import InvalidRequest
+from loopserve.dialogue import FinishReason, Mode, QualityContract, SamplingParams, SessionId, TurnRequest
+from loopserve.errors import InvalidRequest, NotFound
 
 
 def test_session_refuses_another_salt_while_it_lives_and_while_its_first_turn_waits():
@@ -79,3 +79,13 @@ def test_preempted_sparse_answer_has_nothing_left_to_rectify_before_its_preempti
     history = [*range(20), *inbox.ended[turn_id].token_ids]
     usage = answer(engine, inbox, "s", [*history, 3], contract=contract).usage
     assert (usage.cached_tokens, usage.quality.rectified_tokens) == (28, 11)
+
+
+def test_releasing_a_session_ends_its_first_turn_while_that_still_waits():
+    engine, _ = fake_engine()
+    inbox = Inbox()
+    engine.submit(TurnRequest(SessionId("s"), (1, 2, 3)), inbox)
+    engine.release(SessionId("s"))
+    assert [ended.reason for ended in inbox.ended.values()] == [FinishReason.CANCELLED]
+    with pytest.raises(NotFound):
+        engine.release(SessionId("s"))
