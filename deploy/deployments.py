@@ -32,7 +32,7 @@ class EngineReplica:
 
     def __init__(self, settings: DeploySettings, config: EngineConfig, factory: str | BackendFactory) -> None:
         num_threads = settings.torch_threads or max(1, (os.cpu_count() or 1) // settings.replicas)
-        load = LoadMeter()
+        load = LoadMeter(max_running_turns=config.max_running_turns)
         try:
             backend = resolve_factory(factory)(config, load, num_threads=num_threads)
         except LoopServeError as error:

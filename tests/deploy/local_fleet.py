@@ -26,7 +26,9 @@ class LocalFleet:
         self.engines = {name: FakeEngine() for name in names}
         self.chats = {name: FakeChat(engine) for name, engine in self.engines.items()}
         self.replicas = {
-            name: Replica(Backend(engine, self.chats[name]), self.settings, name=name, load=LoadMeter())
+            name: Replica(
+                Backend(engine, self.chats[name]), self.settings, name=name, load=LoadMeter(max_running_turns=32)
+            )
             for name, engine in self.engines.items()
         }
         for engine in self.engines.values():

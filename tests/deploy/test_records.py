@@ -195,25 +195,41 @@ def _step(**counts: int) -> StepStats:
     return StepStats(step_index=1, duration_s=0.5, num_preempted=0, num_free_blocks=9, **values)
 
 
-def test_load_is_the_waiting_turns_over_the_rate_of_service():
-    meter = LoadMeter()
+def test_load_is_the_turns_without_a_place_over_the_rate_of_a_full_batch():
+    meter = LoadMeter(max_running_turns=4)
     meter.on_step(_step(num_running=4, num_waiting=8, num_prefill_tokens=100))
     assert meter.queue_s == 0.0  # nothing is known of a turn's length
-    meter.on_turn(_turn(queue_s=1.0, total_s=3.0))
+    meter.on_turn(_turn(queue_s=0.0, total_s=2.0))
     assert meter.queue_s == pytest.approx(8 * 2.0 / 4)
     assert meter.prefill_s_per_token == pytest.approx(0.005)
 
 
+def test_a_burst_for_which_the_batch_has_places_is_no_load():
+    meter = LoadMeter(max_running_turns=32)
+    meter.on_turn(_turn(queue_s=0.01, total_s=2.0))
+    meter.on_step(_step(num_running=1, num_waiting=8))
+    assert meter.queue_s == pytest.approx(0.01)
+
+
+def test_turns_that_wait_for_memory_are_load():
+    meter = LoadMeter(max_running_turns=32)
+    meter.on_turn(_turn(queue_s=3.0, total_s=5.0))
+    meter.on_step(_step(num_running=2, num_waiting=8))
+    assert meter.queue_s == pytest.approx(3.0)
+    meter.on_step(_step(num_running=2, num_waiting=0))
+    assert meter.queue_s == 0.0
+
+
 def test_a_turn_that_never_ran_and_a_step_of_decode_measure_nothing():
-    meter = LoadMeter()
+    meter = LoadMeter(max_running_turns=4)
     meter.on_turn(_turn(queue_s=None, total_s=99.0))
     meter.on_step(_step(num_prefill_tokens=3))
     assert (meter.service_s, meter.prefill_s_per_token) == (0.0, 0.0)
 
 
 def test_load_passes_everything_on():
-    inner = LoadMeter()
-    outer = LoadMeter([inner])
+    inner = LoadMeter(max_running_turns=4)
+    outer = LoadMeter([inner], max_running_turns=4)
     outer.on_step(_step(num_waiting=3))
     outer.on_turn(_turn(queue_s=0.0, total_s=2.0))
     assert (inner.num_waiting, inner.service_s) == (3, 2.0)
