@@ -65,6 +65,31 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
+class RunGroup:
+    """Decode rows that read their whole contexts, which are runs at equal distances: one strided view holds them all.
+
+    The view is as long as the longest context; what shorter ones do not own is masked by `bias`. It may hold other sequences' keys and
+    values, so the store keeps finite numbers only: a weight of 0 times a number is 0, times NaN it is not.
+    """
+
+    first_slot: int
+    spacing_slots: int
+    num_rows: int
+    num_tokens: int  # M, of the longest context
+    bias: torch.Tensor | None  # [R, 1, 1, M], 0 or -inf; None: all contexts are as long
+
+    def read(self, pool: torch.Tensor) -> torch.Tensor:
+        """The contexts' rows of a pool `[S, Hkv, D]`, as a view `[R, Hkv, M, D]`."""
+        _, num_kv_heads, head_dim = pool.shape
+        token = num_kv_heads * head_dim
+        return pool.as_strided(
+            (self.num_rows, num_kv_heads, self.num_tokens, head_dim),
+            (self.spacing_slots * token, head_dim, token, 1),
+            self.first_slot * token,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeGroup:
     """Decode rows that read their whole context through slots. Like lengths are grouped, so padding wastes little."""
 
@@ -101,12 +126,12 @@ class PrefillRows:
 class AttentionPlan:
     """All that a layer needs to know of one step. The packed rows are laid out in this order, without gaps:
 
-    |<- run_decodes, a row each ->|<- decode_groups ->|<- sparse_decodes, a row each ->|<- prefills ->|
+    |<- run_groups ->|<- decode_groups ->|<- sparse_decodes, a row each ->|<- prefills ->|
     """
 
     store: KVStore
     write_slots: torch.Tensor  # int64 [T]: where each row's key and value go
-    run_decodes: Sequence[Context]  # they read their whole context, which is a run
+    run_groups: Sequence[RunGroup]
     decode_groups: Sequence[DecodeGroup]
     sparse_decodes: Sequence[SparseDecodeRow]
     prefills: Sequence[PrefillRows]
@@ -131,9 +156,9 @@ def plan_attention(
     plan, layer = attention_plan, int(module.layer_idx)  # type: ignore[arg-type]
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
     key_pool, value_pool = plan.store.keys[layer], plan.store.values[layer]
-    store_kv(keys, values, key_pool, value_pool, plan.write_slots)
+    store_kv(keys.nan_to_num(), values.nan_to_num(), key_pool, value_pool, plan.write_slots)  # finite: see RunGroup
 
-    pieces = _run_decodes(queries, plan, layer, scale=scaling)
+    pieces = _run_decodes(queries, plan, key_pool, value_pool, scale=scaling)
     for group in plan.decode_groups:
         rows = queries[group.rows]
         pieces.append(paged_decode(rows, key_pool, value_pool, group.slots, group.valid, scale=scaling))
@@ -154,20 +179,22 @@ def causal_bias(num_rows: int, start: int, *, dtype: torch.dtype, device: torch.
     return bias.triu_(start + 1)  # [r, N]
 
 
-def _run_decodes(queries: torch.Tensor, plan: AttentionPlan, layer: int, *, scale: float) -> list[torch.Tensor]:
-    num_rows = len(plan.run_decodes)
-    if num_rows == 0:
-        return []
-    keys, values = plan.store.keys_by_head[layer], plan.store.values_by_head[layer]
+def _run_decodes(
+    queries: torch.Tensor, plan: AttentionPlan, key_pool: torch.Tensor, value_pool: torch.Tensor, *, scale: float
+) -> list[torch.Tensor]:
     _, num_heads, head_dim = queries.shape
-    # The G query heads of a group are query rows over its one KV head: nothing is repeated.
-    grouped = queries[:num_rows].reshape(num_rows, 1, keys.shape[1], -1, head_dim)  # [R, 1, Hkv, G, D]
-    return [
-        F.scaled_dot_product_attention(rows, context.read(keys), context.read(values), scale=scale).reshape(
-            1, num_heads, head_dim
+    pieces = []
+    first_row = 0
+    for group in plan.run_groups:
+        rows = queries[first_row : first_row + group.num_rows]
+        # The G query heads of a group are query rows over its one KV head: nothing is repeated.
+        grouped = rows.reshape(group.num_rows, key_pool.shape[1], -1, head_dim)  # [R, Hkv, G, D]
+        attended = F.scaled_dot_product_attention(
+            grouped, group.read(key_pool), group.read(value_pool), attn_mask=group.bias, scale=scale
         )
-        for rows, context in zip(grouped.unbind(0), plan.run_decodes, strict=True)
-    ]
+        pieces.append(attended.reshape(group.num_rows, num_heads, head_dim))
+        first_row += group.num_rows
+    return pieces
 
 
 def _sparse_decode(

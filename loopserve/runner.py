@@ -17,6 +17,7 @@ from loopserve.attention import (
     DecodeGroup,
     Measured,
     PrefillRows,
+    RunGroup,
     SparseDecodeRow,
     causal_bias,
 )
@@ -117,10 +118,10 @@ class ModelRunner:
         placed = [_Placed(segment, self._state(segment), self._context(segment)) for segment in segments]
         sparse = [p for p in placed if p.segment.decode is not None]
         single = [p for p in placed if p.segment.decode is None and _is_plain_row(p.segment)]
-        runs = [p for p in single if p.context.run_start is not None]
+        runs = self._runs_at_equal_distances([p for p in single if p.context.run_start is not None])
         groups = _groups_of_like_length([p for p in single if p.context.run_start is None])
         chunks = [p for p in placed if p.segment.decode is None and not _is_plain_row(p.segment)]
-        ordered = [*runs, *itertools.chain.from_iterable(groups), *sparse, *chunks]
+        ordered = [*itertools.chain.from_iterable((*runs, *groups)), *sparse, *chunks]
 
         lengths = [len(p.segment.token_ids) for p in ordered]
         starts = itertools.accumulate(lengths, initial=0)
@@ -133,7 +134,7 @@ class ModelRunner:
         plan = AttentionPlan(
             store=self._store,
             write_slots=torch.cat([p.context.slots[p.segment.start :] for p in ordered]),
-            run_decodes=[p.context for p in runs],
+            run_groups=[self._run_group(group) for group in runs],
             decode_groups=[self._group(group, first_row[group[0].segment.turn_id]) for group in groups],
             sparse_decodes=[_sparse_row(p, first_row[p.segment.turn_id], measured[p.segment.turn_id]) for p in sparse],
             prefills=[self._prefill(p, first_row[p.segment.turn_id], measured.get(p.segment.turn_id)) for p in chunks],
@@ -169,6 +170,38 @@ class ModelRunner:
             capture=placed.state.selection if segment.capture_queries else None,
             measured=measured,
             causal_bias=bias,
+        )
+
+    def _runs_at_equal_distances(self, runs: Sequence[_Placed]) -> list[list[_Placed]]:
+        """Split rows whose contexts are runs so that each part can be read as one strided view."""
+        parts: list[list[_Placed]] = []
+        for like in _groups_of_like_length(runs):
+            by_start = {_run_start(placed): placed for placed in like}
+            longest = max(placed.context.slots.shape[0] for placed in like)
+            inside = [start for start in sorted(by_start) if start + longest <= self._store.num_slots]
+            parts.extend(
+                [by_start[start]] for start in by_start if start not in inside
+            )  # a view may not leave the pool
+            parts.extend([by_start[start] for start in part] for part in _equally_spaced(inside))
+        return parts
+
+    def _run_group(self, group: Sequence[_Placed]) -> RunGroup:
+        first, lengths = _run_start(group[0]), [placed.context.slots.shape[0] for placed in group]
+        spacing = _run_start(group[1]) - first if len(group) > 1 else 0
+        longest = max(lengths)
+        bias = None
+        if min(lengths) < longest:
+            device = self._loaded.device
+            beyond = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device).unsqueeze(1)  # [R, M]
+            bias = torch.zeros(beyond.shape, dtype=self._loaded.dtype, device=device).masked_fill_(
+                beyond, float("-inf")
+            )
+        return RunGroup(
+            first_slot=first,
+            spacing_slots=spacing,
+            num_rows=len(group),
+            num_tokens=longest,
+            bias=None if bias is None else bias[:, None, None],
         )
 
     def _group(self, group: Sequence[_Placed], first_row: int) -> DecodeGroup:
@@ -243,6 +276,29 @@ def num_pool_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
 
 def _end(segment: Segment) -> int:
     return segment.start + len(segment.token_ids)
+
+
+def _run_start(placed: _Placed) -> int:
+    start = placed.context.run_start
+    assert start is not None, "the context is no run"
+    return start
+
+
+def _equally_spaced(starts: Sequence[int]) -> list[list[int]]:
+    """Split ascending numbers into arithmetic progressions, the longest that begins with the first one, then the rest again."""
+    remaining = list(starts)
+    parts: list[list[int]] = []
+    while remaining:
+        present = set(remaining)
+        first = remaining[0]
+        candidates = [[first]]
+        for second in remaining[1:]:
+            step = second - first
+            candidates.append(list(itertools.takewhile(present.__contains__, itertools.count(first, step))))
+        longest = max(candidates, key=len)
+        parts.append(longest)
+        remaining = sorted(present.difference(longest))
+    return parts
 
 
 def _is_plain_row(segment: Segment) -> bool:

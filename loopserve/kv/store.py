@@ -33,6 +33,11 @@ class KVStore:
         self.keys_by_head = [pool.transpose(0, 1).unsqueeze(0) for pool in self.keys]
         self.values_by_head = [pool.transpose(0, 1).unsqueeze(0) for pool in self.values]
 
+    @property
+    def num_slots(self) -> int:
+        """Places for one token's keys and values."""
+        return self.keys[0].shape[0]
+
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Carry out copy orders one after the other: a later one may read what an earlier one wrote."""
         for copy in copies:
