@@ -216,7 +216,7 @@ def _sparse_decode(
         return paged_decode(query, key_pool, value_pool, slots[None, None], None, scale=scale)
     columns, valid = decode.selection.kept_columns(layer, num_tokens)
     kept_slots = slots[columns].unsqueeze(0)  # [1, Hs, M]
-    return paged_decode(query, key_pool, value_pool, kept_slots, valid.unsqueeze(0), scale=scale)
+    return paged_decode(query, key_pool, value_pool, kept_slots, None if valid is None else valid[None], scale=scale)
 
 
 def _prefill(

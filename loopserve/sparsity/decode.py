@@ -26,7 +26,7 @@ class TokenChoice:
     """Chosen candidates of each list, distinct where valid."""
 
     indices: Tensor  # int64 [Hs, B']
-    valid: Tensor  # bool [Hs, B']; False: padding, not chosen
+    valid: Tensor | None = None  # bool [Hs, B']; False: padding, not chosen; None: all are chosen
 
 
 class DecodeMethod(Protocol):
@@ -46,7 +46,7 @@ class _Choice:
     """What one layer reads until it chooses again."""
 
     columns: Tensor  # int64 [Hs, num_sinks + B']: sinks, then chosen
-    valid: Tensor  # bool, shaped as columns
+    valid: Tensor | None  # bool, shaped as columns; None: all are read
     recent_start: int
 
 
@@ -116,13 +116,15 @@ class TurnSelection:
         self._num_measured[layer] = self._num_recorded[layer]
         return coverage
 
-    def kept_columns(self, layer: int, num_columns: int) -> tuple[Tensor, Tensor]:
-        """Columns that each list of a layer reads when N = `num_columns`: (int64 [Hs, M], valid bool [Hs, M])."""
+    def kept_columns(self, layer: int, num_columns: int) -> tuple[Tensor, Tensor | None]:
+        """Columns that each list of a layer reads when N = `num_columns`: (int64 [Hs, M], valid bool [Hs, M] or None: all are)."""
         choice = self._choices[layer]
         assert choice is not None, "a layer must choose before it reads"
         recent = torch.arange(choice.recent_start, num_columns, device=choice.columns.device)
         recent = recent.expand(self._num_lists, -1)
         columns = torch.cat((choice.columns, recent), dim=1)
+        if choice.valid is None:
+            return columns, None
         return columns, torch.cat((choice.valid, torch.ones_like(recent, dtype=torch.bool)), dim=1)
 
     def num_kept(self, num_columns: int) -> int:
@@ -162,13 +164,16 @@ class TurnSelection:
         sinks = torch.arange(num_sinks, device=scores.device).expand(self._num_lists, -1)
         return _Choice(
             columns=torch.cat((sinks, choice.indices + num_sinks), dim=1),
-            valid=torch.cat((torch.ones_like(sinks, dtype=torch.bool), choice.valid), dim=1),
+            valid=None
+            if choice.valid is None
+            else torch.cat((torch.ones_like(sinks, dtype=torch.bool), choice.valid), dim=1),
             recent_start=recent_start,
         )
 
     def _held_weight(self, weight: Tensor, choice: _Choice) -> Tensor:
         """Weight of [H, N] that a choice reads, [H]."""
         per_list = self._num_heads // self._num_lists
-        columns, valid = (t.repeat_interleave(per_list, dim=0) for t in (choice.columns, choice.valid))  # [H, ...]
-        listed = weight.gather(1, columns).masked_fill(~valid, 0.0).sum(dim=1)
-        return listed + weight[:, choice.recent_start :].sum(dim=1)
+        listed = weight.gather(1, choice.columns.repeat_interleave(per_list, dim=0))  # [H, ...]
+        if choice.valid is not None:
+            listed = listed.masked_fill(~choice.valid.repeat_interleave(per_list, dim=0), 0.0)
+        return listed.sum(dim=1) + weight[:, choice.recent_start :].sum(dim=1)

@@ -1,6 +1,5 @@
 """The "progressive" decode method: the heaviest tokens, chosen again while the answer grows. Source: phase 2 of arXiv 2507.13681."""
 
-import torch
 from torch import Tensor
 
 from loopserve.config import DecodeSparsity
@@ -28,6 +27,6 @@ def heaviest(scores: Tensor, budget_tokens: int, *, coverage_alpha: float | None
     """
     weights, indices = scores.topk(min(budget_tokens, scores.shape[1]), dim=1, sorted=True)
     if coverage_alpha is None:
-        return TokenChoice(indices, torch.ones_like(indices, dtype=torch.bool))
+        return TokenChoice(indices)
     before = weights.cumsum(dim=1) - weights
     return TokenChoice(indices, before < coverage_alpha * scores.sum(dim=1, keepdim=True))

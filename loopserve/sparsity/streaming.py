@@ -18,4 +18,4 @@ class Streaming:
     ) -> TokenChoice:
         """See `DecodeMethod.choose`."""
         none = scores.argsort(dim=1)[:, :0]
-        return TokenChoice(none, none > 0)
+        return TokenChoice(none)

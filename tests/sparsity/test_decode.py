@@ -47,6 +47,8 @@ def refresh(
 def kept(selection: TurnSelection, num_columns: int, layer: int = 0) -> list[list[int]]:
     """Valid columns of each list, as they are listed."""
     columns, valid = selection.kept_columns(layer, num_columns)
+    if valid is None:
+        return columns.tolist()
     return [row[ok].tolist() for row, ok in zip(columns, valid, strict=True)]
 
 
