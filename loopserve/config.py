@@ -39,7 +39,7 @@ class PrefillSparsity:
     local_tokens: int = 128  # diagonals of the last offsets, always kept
     dense_last_rows: int = 16  # rows at the chunk's end that read everything
     dense_head_share: float = 0.9  # a head whose lines cover more of its cells than this is computed dense, and counted
-    auto_min_context_tokens: int = 8192  # `auto` stays dense below; see benchmarks/engine/crossover.py
+    auto_min_context_tokens: int = 32_768  # `auto` is dense below: on a CPU sparse loses up to 16,384 at least
 
     def __post_init__(self) -> None:
         _check(
@@ -79,7 +79,7 @@ class DecodeSparsity:
     coverage_alpha: float | None = None  # keep only as many of the B as hold this share of the scored weight
     dense_layers: tuple[int, ...] = ()  # layers that always read everything, in both phases
     rectify: bool = True  # re-prefill the last answer with the next prompt if it was decoded sparse
-    auto_min_context_tokens: int = 8192  # `auto` stays dense below; see benchmarks/engine/crossover.py
+    auto_min_context_tokens: int = 32_768  # `auto` is dense below: on a CPU sparse loses up to 16,384 at least
 
     def __post_init__(self) -> None:
         _check(self.budget_floor_tokens >= 1, "decode.budget_floor_tokens must be at least 1")
