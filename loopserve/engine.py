@@ -60,7 +60,7 @@ class Engine:
         self._stats = NullSink() if stats is None else stats
         self._clock = clock
         self._runner = ModelRunner(loaded, config, num_blocks=num_blocks) if runner is None else runner
-        self._cache = KVCache(num_blocks, fingerprint=loaded.fingerprint)
+        self._cache = KVCache(num_blocks, fingerprint=loaded.fingerprint, makes_runs=loaded.device.type == "cpu")
         self._sessions = SessionTable(
             self._cache,
             max_sessions=config.max_sessions,

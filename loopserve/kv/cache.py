@@ -46,8 +46,9 @@ class BlockTable:
 class KVCache:
     """The one writer of block tables. Not thread-safe: it belongs to the engine thread."""
 
-    def __init__(self, num_blocks: int, *, fingerprint: str) -> None:
-        self._pool = BlockPool(num_blocks, on_reclaim=self._forget)
+    def __init__(self, num_blocks: int, *, fingerprint: str, makes_runs: bool = True) -> None:
+        """`makes_runs`: neighbouring blocks for one table, where the device reads these faster."""
+        self._pool = BlockPool(num_blocks, on_reclaim=self._forget, makes_runs=makes_runs)
         self._fingerprint = fingerprint
         self._by_hash: dict[BlockHash, BlockId] = {}
         self._hash_of: dict[BlockId, BlockHash] = {}

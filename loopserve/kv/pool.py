@@ -6,30 +6,35 @@ Every block is in exactly one of these places, and who moves it on:
     held      reference count >= 1                     the last `release` moves it to free, or to kept if it is marked
     kept      count 0, content may come back           `retain` holds it again; `allocate` takes the least recently released
 
-A sequence whose blocks follow each other is read without a gather (on a CPU, half the time of a dense decode over 640 tokens and a
-quarter over 2,500), so `allocate` tries to continue a run, and starts new runs at a distance from each other. A full pool gives up
-on that: any block will do.
+Where runs are read in place (on a CPU: half the time of a dense decode over 640 tokens, a quarter over 2,500), a sequence gets
+neighbouring blocks: the one right after its last while nobody holds that, even if a prefix was kept in it; and its first one where
+the most room to grow is.
 
 Block 0 is the null block: never handed out, so that padded slot indices have somewhere harmless to point.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 
 from loopserve.plan import NULL_BLOCK, BlockId
 
-_RUN_SPACING_BLOCKS = 64  # distance between the starts of new runs: 1,024 tokens to grow before they meet
+_FREE, _KEPT, _HELD = range(3)
+_FREE_STRETCH, _OPEN_STRETCH = re.compile(rb"\x00+"), re.compile(rb"[\x00\x01]+")
+_RUN_BLOCKS_MIN = 16  # a stretch of free blocks shorter than this (256 tokens) is not worth sparing kept prefixes for
 
 
 class BlockPool:
     """Hands out blocks. `on_reclaim` is told when a kept block loses its content, so that an index can forget it."""
 
-    def __init__(self, num_blocks: int, *, on_reclaim: Callable[[BlockId], None]) -> None:
+    def __init__(self, num_blocks: int, *, on_reclaim: Callable[[BlockId], None], makes_runs: bool = True) -> None:
         assert num_blocks >= 2, "the pool needs the null block and at least one more"
         self.num_blocks = num_blocks
         self._on_reclaim = on_reclaim
         self._free = dict.fromkeys(BlockId(i) for i in range(NULL_BLOCK + 1, num_blocks))  # an ordered set
-        self._next_run = NULL_BLOCK + 1
+        self._makes_runs = makes_runs
+        self._places = bytearray(num_blocks)  # of each block, for searching
+        self._places[NULL_BLOCK] = _HELD
         self._counts = [0] * num_blocks
         self._kept: OrderedDict[BlockId, None] = OrderedDict()
         self._marked: set[BlockId] = set()
@@ -54,22 +59,29 @@ class BlockPool:
         return self._counts[block]
 
     def allocate(self, after: BlockId | None = None) -> BlockId | None:
-        """A block with one holder and unspecified content, or None when all are held. The one right after `after` if it is free."""
-        block = self._take_free(after)
-        if block is None and self._kept:
-            block, _ = self._kept.popitem(last=False)
-            self._marked.discard(block)
-            self._on_reclaim(block)
-        if block is not None:
-            assert self._counts[block] == 0, f"block {block} is handed out while held"
-            self._counts[block] = 1
-        return block
+        """A block with one holder and unspecified content, or None when all are held; near `after` where runs are made."""
+        if not self._free and not self._kept:
+            return None
+        wanted = self._continuation(after) if self._makes_runs else None
+        if wanted is None:
+            wanted = next(iter(self._free)) if self._free else next(iter(self._kept))
+        if wanted in self._free:
+            del self._free[wanted]
+        else:
+            del self._kept[wanted]
+            self._marked.discard(wanted)
+            self._on_reclaim(wanted)
+        assert self._counts[wanted] == 0, f"block {wanted} is handed out while held"
+        self._counts[wanted] = 1
+        self._places[wanted] = _HELD
+        return wanted
 
     def retain(self, block: BlockId) -> None:
         """Add a holder to a held or kept block."""
         assert self._counts[block] > 0 or block in self._kept, f"block {block} is free and cannot be retained"
         if self._counts[block] == 0:
             del self._kept[block]
+            self._places[block] = _HELD
         self._counts[block] += 1
 
     def release(self, block: BlockId) -> None:
@@ -79,8 +91,10 @@ class BlockPool:
         if self._counts[block] == 0:
             if block in self._marked:
                 self._kept[block] = None
+                self._places[block] = _KEPT
             else:
                 self._free[block] = None
+                self._places[block] = _FREE
 
     def mark(self, block: BlockId) -> None:
         """Keep the block's content when its last holder goes. Unmarked again when it is reclaimed."""
@@ -94,17 +108,20 @@ class BlockPool:
         assert all(self._counts[block] == 0 for block in self._free), "a free block is held"
         assert all(self._counts[block] == 0 and block in self._marked for block in self._kept), "a kept block is wrong"
         assert self._counts[NULL_BLOCK] == 0, "the null block is held"
+        places = [_FREE if b in self._free else _KEPT if b in self._kept else _HELD for b in range(self.num_blocks)]
+        assert list(self._places) == places, "the search table is stale"
 
-    def _take_free(self, after: BlockId | None) -> BlockId | None:
-        if not self._free:
-            return None
-        if after is None:
-            wanted = BlockId(self._next_run)
-            self._next_run = self._next_run + _RUN_SPACING_BLOCKS
-            if self._next_run >= self.num_blocks:
-                self._next_run = NULL_BLOCK + 1
-        else:
-            wanted = BlockId(after + 1)
-        block = wanted if wanted in self._free else next(iter(self._free))
-        del self._free[block]
-        return block
+    def _continuation(self, after: BlockId | None) -> BlockId:
+        """The block after `after` if nobody holds it, else the start of a new run. Some block is not held."""
+        if after is not None and after + 1 < self.num_blocks and self._counts[after + 1] == 0:
+            return BlockId(after + 1)
+        stretch = self._longest_stretch(_FREE_STRETCH)
+        if len(stretch) < _RUN_BLOCKS_MIN:
+            stretch = self._longest_stretch(_OPEN_STRETCH)
+        grows_into_it = stretch.start > NULL_BLOCK + 1  # what lies before may go on; the half of the room is left to it
+        return BlockId(stretch.start + len(stretch) // 2 if grows_into_it else stretch.start)
+
+    def _longest_stretch(self, pattern: re.Pattern[bytes]) -> range:
+        """The most blocks in a row whose places match. Linear in the pool, once for each new run: 0.1 ms for 32,000 blocks."""
+        spans = (match.span() for match in pattern.finditer(self._places))
+        return range(*max(spans, key=lambda span: span[1] - span[0], default=(0, 0)))

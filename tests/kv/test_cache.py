@@ -208,13 +208,15 @@ def test_commit_outside_the_reserved_room_is_our_own_mistake(cache):
         cache.commit(table, TOKENS, num_tokens=17, exact=True)
 
 
-def test_freed_prefix_is_found_until_its_blocks_are_needed_from_its_end_on(cache):
+def test_freed_prefix_is_found_until_its_blocks_are_needed_from_its_end_on():
+    cache = KVCache(12, fingerprint="model", makes_runs=False)
     cache.free(grown(cache, 3 * BLOCK_TOKENS))
     assert cache.pool.num_kept == 3
     assert matched_tokens(cache) == 48
     other = grown(cache, 9 * BLOCK_TOKENS, tokens=[7] * 200)
     assert matched_tokens(cache) == 32, "the end of a chain goes first: it is useless without its start"
     cache.free(other)
+    cache.check()
 
 
 def test_reclaimed_blocks_are_forgotten_by_the_index(cache):

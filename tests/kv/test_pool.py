@@ -1,6 +1,7 @@
 """Blocks: handed out, shared, kept for their content, and never lost."""
 
 import itertools
+from itertools import pairwise
 
 import pytest
 
@@ -13,8 +14,8 @@ def reclaimed() -> list[int]:
     return []
 
 
-def pool_of(num_blocks: int, reclaimed) -> BlockPool:
-    return BlockPool(num_blocks, on_reclaim=reclaimed.append)
+def pool_of(num_blocks: int, reclaimed, *, makes_runs: bool = True) -> BlockPool:
+    return BlockPool(num_blocks, on_reclaim=reclaimed.append, makes_runs=makes_runs)
 
 
 def test_every_block_but_the_null_block_is_handed_out_once(reclaimed):
@@ -68,8 +69,8 @@ def test_marked_block_is_kept_and_comes_back(reclaimed):
     pool.check()
 
 
-def test_kept_blocks_are_reclaimed_last_and_the_least_recently_released_first(reclaimed):
-    pool = pool_of(5, reclaimed)
+def test_kept_blocks_are_reclaimed_last_and_the_least_recently_released_first_where_no_runs_are_made(reclaimed):
+    pool = pool_of(5, reclaimed, makes_runs=False)
     first, second, third, never_marked = (pool.allocate() for _ in range(4))
     for block in (first, second, third):
         pool.mark(block)
@@ -99,3 +100,40 @@ def test_free_block_cannot_be_released_retained_or_marked(misuse, reclaimed):
     pool = pool_of(3, reclaimed)
     with pytest.raises(AssertionError, match="block 1"):
         getattr(pool, misuse)(1)
+
+
+def grow(pool: BlockPool, num_blocks: int) -> list[int]:
+    blocks: list[int] = []
+    for _ in range(num_blocks):
+        blocks.append(pool.allocate(blocks[-1] if blocks else None))
+    return blocks
+
+
+def test_sequences_are_runs_also_in_a_pool_full_of_kept_prefixes(reclaimed):
+    pool = pool_of(101, reclaimed)
+    for _ in range(10):
+        blocks = grow(pool, 25)
+        assert blocks == list(range(blocks[0], blocks[0] + 25))
+        for block in blocks[:-1]:  # the last one is partly filled, and so goes back as free
+            pool.mark(block)
+        for block in reversed(blocks):
+            pool.release(block)
+        pool.check()
+    assert reclaimed
+
+
+def test_new_run_leaves_room_to_the_one_before_it(reclaimed):
+    pool = pool_of(641, reclaimed)
+    starts = sorted(pool.allocate() for _ in range(8))
+    assert {after - before for before, after in pairwise(starts)} == {80}
+
+
+def test_run_ends_where_another_sequence_is_held(reclaimed):
+    pool = pool_of(40, reclaimed)
+    first, second = pool.allocate(), pool.allocate()
+    blocks = [first]
+    while len(blocks) < 37:
+        blocks.append(pool.allocate(blocks[-1]))
+    assert second not in blocks
+    assert len(set(blocks)) == 37
+    pool.check()
