@@ -6,6 +6,7 @@ Knows nothing about what was measured.
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,11 @@ class Table:
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
         cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         return f"## {self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def settings_of(args: Namespace) -> dict[str, Any]:
+    """A script's arguments as a result records them: all but where it is written, which is nobody else's business."""
+    return {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
 
 
 def write_result(

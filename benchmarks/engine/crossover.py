@@ -25,7 +25,7 @@ from benchmarks import dialogues as made
 from benchmarks.engine.conversation import Conversation
 from benchmarks.engine.random_model import ModelSize, build_weights, loaded_model, model_flags, num_parameters
 from benchmarks.machine import describe_machine, require_quiet, usable_cores
-from benchmarks.report import RESULTS, Table, write_result
+from benchmarks.report import RESULTS, Table, settings_of, write_result
 from loopserve.config import DecodeSparsity, EngineConfig, PrefillSparsity
 from loopserve.loading import LoadedModel, load_model
 from loopserve.plan import SparsePrefill, StepResult
@@ -194,7 +194,7 @@ def run_benchmark(args: argparse.Namespace) -> str:
         machine=describe_machine(load_before=load),
         numbers={
             "forced": args.force,
-            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "settings": settings_of(args),
             "prefill": [{**asdict(p), "speedup": speedup(p.dense_s, p.sparse_s)} for p in prefills],
             "decode": [{**asdict(d), "speedup": speedup(d.dense_s, d.sparse_s)} for d in decodes],
             "verdicts": found,

@@ -22,7 +22,7 @@ from benchmarks.drive import drive
 from benchmarks.machine import describe_machine, require_quiet
 from benchmarks.quality.outcomes import BOOTSTRAP_DRAWS, Answered, Outcome, outcome_table, summarize
 from benchmarks.quality.scenarios import Prompter, Scenario, holds_value, make_scenario
-from benchmarks.report import RESULTS, write_result
+from benchmarks.report import RESULTS, settings_of, write_result
 from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig, PrefillSparsity
 from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnEnded, TurnRequest
 from loopserve.engine import Engine
@@ -185,7 +185,7 @@ def run_benchmark(args: argparse.Namespace) -> str:
         title=f"{loaded.name} under sparsity, held-out dialogues of about {args.tokens} tokens",
         machine=machine,
         numbers={
-            "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+            "settings": settings_of(args),
             "dialogues": len(scenarios),
             "dialogues_without_closing_question": args.dialogues - len(scenarios),
             "outcomes": [asdict(outcome) for outcome in outcomes],
