@@ -115,7 +115,7 @@ class ModelRunner:
 
     def _layout(self, segments: Sequence[Segment]) -> _Layout:
         """Order the segments as an AttentionPlan wants its rows, and write that plan."""
-        placed = [_Placed(segment, self._state(segment), self._context(segment)) for segment in segments]
+        placed = [self._placed(segment) for segment in segments]
         sparse = [p for p in placed if p.segment.decode is not None]
         single = [p for p in placed if p.segment.decode is None and _is_plain_row(p.segment)]
         runs = self._runs_at_equal_distances([p for p in single if p.context.run_start is not None])
@@ -144,15 +144,11 @@ class ModelRunner:
         )
         return _Layout(tuple(p.segment for p in ordered), plan, measured)
 
-    def _context(self, segment: Segment) -> Context:
+    def _placed(self, segment: Segment) -> _Placed:
         state = self._state(segment)
-        is_view = (
-            state.is_run and self._loaded.device.type == "cpu"
-        )  # elsewhere the kernels read through the slots anyway
-        return Context(
-            slots=state.slots[: _end(segment)],
-            run_start=segment.block_table[0] * BLOCK_TOKENS if is_view else None,
-        )
+        is_view = state.is_run and self._loaded.device.type == "cpu"  # elsewhere kernels read through the slots anyway
+        run_start = segment.block_table[0] * BLOCK_TOKENS if is_view else None
+        return _Placed(segment, state, Context(slots=state.slots[: _end(segment)], run_start=run_start))
 
     def _prefill(self, placed: _Placed, first_row: int, measured: Measured | None) -> PrefillRows:
         segment, loaded = placed.segment, self._loaded
@@ -189,19 +185,17 @@ class ModelRunner:
         first, lengths = _run_start(group[0]), [placed.context.slots.shape[0] for placed in group]
         spacing = _run_start(group[1]) - first if len(group) > 1 else 0
         longest = max(lengths)
+        owned = self._owned(lengths)
         bias = None
-        if min(lengths) < longest:
-            device = self._loaded.device
-            beyond = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device).unsqueeze(1)  # [R, M]
-            bias = torch.zeros(beyond.shape, dtype=self._loaded.dtype, device=device).masked_fill_(
-                beyond, float("-inf")
-            )
+        if owned is not None:
+            bias = torch.zeros(owned.shape, dtype=self._loaded.dtype, device=owned.device)
+            bias = bias.masked_fill_(~owned, float("-inf"))[:, None, None]
         return RunGroup(
             first_slot=first,
             spacing_slots=spacing,
             num_rows=len(group),
             num_tokens=longest,
-            bias=None if bias is None else bias[:, None, None],
+            bias=bias,
         )
 
     def _group(self, group: Sequence[_Placed], first_row: int) -> DecodeGroup:
@@ -211,14 +205,19 @@ class ModelRunner:
         padded = torch.full((len(group), longest), NULL_BLOCK * BLOCK_TOKENS, dtype=torch.long, device=device)
         for row, placed in zip(padded, group, strict=True):
             row[: placed.context.slots.shape[0]] = placed.context.slots
-        valid = None
-        if min(lengths) < longest:
-            valid = torch.arange(longest, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)  # [R, M]
+        owned = self._owned(lengths)
         return DecodeGroup(
             rows=slice(first_row, first_row + len(group)),
             slots=padded.unsqueeze(1),
-            valid=None if valid is None else valid.unsqueeze(1),
+            valid=None if owned is None else owned.unsqueeze(1),
         )
+
+    def _owned(self, lengths: Sequence[int]) -> torch.Tensor | None:
+        """Which columns each of R contexts owns when all are padded to the longest, bool [R, M]; None: nothing is padded."""
+        longest, device = max(lengths), self._loaded.device
+        if min(lengths) == longest:
+            return None
+        return torch.arange(longest, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
 
     def _state(self, segment: Segment) -> _TurnState:
         state = self._turns.get(segment.turn_id)

@@ -99,7 +99,7 @@ class Scheduler:
         room_tokens = self._config.max_step_prefill_tokens
         segments: list[Segment] = []
         for turn in list(self._running):
-            if turn.ended or turn not in self._running:
+            if turn not in self._running:
                 continue  # preempted by an older turn of this loop
             segment = self._segment(turn, room_tokens)
             if segment is not None:
