@@ -73,6 +73,44 @@ class ReplicaStatus:
     loaded_at: int  # unix seconds
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaSignals:
+    """What the autopilot needs to know of one replica, counted at one moment."""
+
+    replica: str
+    unix_time: float
+    accepting: bool
+    capacity_bytes: int
+    active_bytes: int
+    warm_bytes: int
+    shared_bytes: int
+    demand: tuple[tuple[int | None, int, int], ...]  # budget (None: all), bytes of active and of warm conversations
+    num_running: int
+    num_waiting: int
+    max_running: int
+    budget_ceiling_tokens: int | None
+    budget_max_tokens: int
+    budget_floor_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetOrder:
+    """The autopilot's word to every replica. It counts for `lease_s`; meanwhile only an autopilot with a smaller id is heard instead."""
+
+    autopilot: str
+    ceiling_tokens: int | None  # None: no ceiling
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetReply:
+    """What became of an order."""
+
+    obeyed: bool
+    ceiling_tokens: int | None  # now in force
+    holder: str  # autopilot whose word counts
+
+
 def engine_session_id(tenant: str, session_name: str) -> SessionId:
     """The engine's id of a session: tenants are apart, whatever characters their names hold."""
     return SessionId(f"{tenant.encode().hex()}/{session_name}")

@@ -98,6 +98,14 @@ class DecodeSparsity:
             "decode.coverage_alpha is a share in (0, 1]",
         )
 
+    @property
+    def budget_rungs(self) -> tuple[int, ...]:
+        """The budgets that a ceiling is chosen from: doubling from the floor, up to `budget_tokens`."""
+        rungs = [self.budget_floor_tokens]
+        while rungs[-1] * 2 < self.budget_tokens:
+            rungs.append(rungs[-1] * 2)
+        return tuple(dict.fromkeys([*rungs, self.budget_tokens]))
+
     def refresh_due(self, decode_step: int) -> bool:
         """Whether decode step 1, 2, ... since the prefill measures coverage, whatever the method; progressive ones choose again."""
         return decode_step == 1 or decode_step in self.early_refreshes or decode_step % self.refresh_outputs == 0

@@ -78,6 +78,7 @@ class TurnRequest:
     contract: QualityContract = field(default_factory=QualityContract)
     num_branches: int = 1  # OpenAI's `n`: answers to one prompt, prompt blocks shared
     cache_salt: str = ""  # prefix sharing never crosses salts (tenants)
+    trace_parent: str = ""  # opaque: comes back with the turn's stats
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,56 @@ class Occupancy:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetDemand:
+    """Bytes of the working sets that conversations would need at one budget; `budget_tokens` None: all of their tokens."""
+
+    budget_tokens: int | None
+    active_bytes: int  # of turns in the batch or waiting for it
+    warm_bytes: int  # of idle sessions that still hold KV
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """The device pool and what the present conversations want of it, counted at one moment between two steps.
+
+    `demand` is a curve over the rungs of `DecodeSparsity.budget_rungs`, smallest first, `None` last. Shared prefixes count once a session in it:
+    what is chosen of them differs.
+    """
+
+    block_bytes: int
+    blocks: Occupancy
+    num_active_sessions: int
+    num_warm_sessions: int
+    active_tokens: int  # logical: as long as the conversations are
+    warm_tokens: int
+    demand: tuple[BudgetDemand, ...]
+    budget_tokens: int  # in force: the engine's own under the ceiling
+    budget_ceiling_tokens: int | None
+    budget_max_tokens: int
+    budget_floor_tokens: int
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Size of the pool."""
+        return self.blocks.total * self.block_bytes
+
+    def demand_at(self, budget_tokens: int | None) -> BudgetDemand:
+        """The curve at a budget: of the first rung that is no smaller."""
+        for point in self.demand[:-1]:
+            if budget_tokens is not None and point.budget_tokens is not None and point.budget_tokens >= budget_tokens:
+                return point
+        return self.demand[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGap:
+    """The wait for one token after the one before it."""
+
+    turn_number: int
+    gap_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepStats:
     """One step of the engine thread."""
 
@@ -39,6 +89,7 @@ class StepStats:
     num_waiting: int
     num_preempted: int
     num_free_blocks: int
+    token_gaps: tuple[TokenGap, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +104,7 @@ class TurnStats:
     first_token_s: float | None
     total_s: float
     num_preemptions: int
+    trace_parent: str = ""  # as the turn's request brought it
 
 
 class StatsSink(Protocol):
