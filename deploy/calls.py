@@ -25,6 +25,12 @@ class TurnCall:
     continuation: str | None  # key of the conversation up to its last answer; None for a first turn
     response_id: str
     created: int  # unix seconds
+    placed_in: str | None = None  # tenant as routers know it, in which claims are published; None: `tenant`
+
+    @property
+    def claim_tenant(self) -> str:
+        """The tenant in whose keys routers look for this conversation. It decides a placement, never whose KV is used."""
+        return self.tenant if self.placed_in is None else self.placed_in
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
     header-less   continuation key of (messages + answer)  ->  session name
     any           session name  ->  time of last use, published as claims
 
+A claim is the key under which routers look for a conversation: that of the table, unless routers know less of a request than the replica.
+
 Bounded: the least recently used conversation is forgotten first, its client is then met as a new one and only computes again.
 """
 
@@ -16,9 +18,9 @@ KEYS_PER_CONVERSATION = 8  # branches a client can come back to; as many as the 
 @dataclass(slots=True)
 class _Conversation:
     name: str
-    session_key: str
+    claim: str  # for its session key
     last_used_s: float
-    continuations: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    continuations: OrderedDict[str, str] = field(default_factory=OrderedDict)  # continuation key -> its claim
 
 
 class Conversations:
@@ -41,15 +43,15 @@ class Conversations:
         found = self._by_continuation.get(continuation or "")
         return None if found is None else self._by_session[found].name
 
-    def use(self, session_key: str, name: str) -> None:
-        """Note a turn of a session; pushes out the least recently used one beyond the limit."""
-        conversation = self._by_session.setdefault(session_key, _Conversation(name, session_key, 0.0))
+    def use(self, session_key: str, name: str, *, claim: str | None = None) -> None:
+        """Note a turn of a session; pushes out the least recently used one beyond the limit. `claim` None: the key itself."""
+        conversation = self._by_session.setdefault(session_key, _Conversation(name, claim or session_key, 0.0))
         conversation.last_used_s = self._clock()
         self._by_session.move_to_end(session_key)
         if len(self._by_session) > self._limit:
             self.forget(next(iter(self._by_session)))
 
-    def learn(self, session_key: str, continuation: str) -> None:
+    def learn(self, session_key: str, continuation: str, *, claim: str | None = None) -> None:
         """An answer was given: its conversation comes back under `continuation`. Ignored for a session that was forgotten meanwhile."""
         conversation = self._by_session.get(session_key)
         if conversation is None:
@@ -60,7 +62,7 @@ class Conversations:
         ):  # two users said and heard the same: the newest session goes on
             self._by_session[previous].continuations.pop(continuation, None)
         self._by_continuation[continuation] = session_key
-        conversation.continuations[continuation] = None
+        conversation.continuations[continuation] = claim or continuation
         conversation.continuations.move_to_end(continuation)
         if len(conversation.continuations) > KEYS_PER_CONVERSATION:
             oldest, _ = conversation.continuations.popitem(last=False)
@@ -80,7 +82,7 @@ class Conversations:
         newest: list[tuple[str, float]] = []
         beside: list[tuple[str, float]] = []
         for conversation in reversed(self._by_session.values()):
-            keys = [conversation.session_key, *reversed(conversation.continuations)]
+            keys = [conversation.claim, *reversed(conversation.continuations.values())]
             if len(newest) + len(keys[:2]) > limit:
                 break
             newest += [(key, conversation.last_used_s) for key in keys[:2]]

@@ -30,23 +30,13 @@ from deploy.errors import (
     error_event,
 )
 from deploy.fleet import Fleet, Replies
+from deploy.identity import affinity_key, identify, in_tenant
 from deploy.protocol import CompletionCall, Endpoint, parse_chat, parse_text
 from deploy.settings import DeploySettings
-from loopserve.errors import EngineUnavailable, InvalidRequest, LoopServeError, NotFound
+from loopserve.errors import EngineUnavailable, LoopServeError, NotFound
 from router.affinity import AffinityKey
-from router.identity import (
-    continuation_key,
-    home_key,
-    home_of_name,
-    known_part,
-    placement_hints,
-    prompt_home_key,
-    session_from_headers,
-    session_key,
-)
 
 _log = logging.getLogger(__name__)
-_CHARS_PER_TOKEN = 4  # rough; only weighs what moving a conversation would cost
 _TRIES = 2
 
 
@@ -70,9 +60,10 @@ class _Refused(Exception):
 class Gateway:
     """What the routes do; one per ingress process."""
 
-    def __init__(self, fleet: Fleet, settings: DeploySettings) -> None:
+    def __init__(self, fleet: Fleet, settings: DeploySettings, *, routed_headers: frozenset[str] | None = None) -> None:
         self._fleet = fleet
         self._settings = settings
+        self._routed_headers = routed_headers
         self._model = ""  # asked for once: it does not change while the application lives
 
     async def complete(self, request: Request, endpoint: Endpoint) -> Response:
@@ -81,8 +72,8 @@ class Gateway:
         parse = parse_chat if endpoint is Endpoint.CHAT else parse_text
         parsed = parse(body, branches_max=self._settings.branches_max)
         await self._check_model(parsed.model)
-        call = self._name(parsed, request)
-        opened = await self._open(call, _affinity(call))
+        call, key = self._call(parsed, request)
+        opened = await self._open(call, key)
         headers = {"x-session-id": opened.accepted.session_name, "x-loopserve-replica": opened.accepted.replica}
         if not parsed.stream:
             with suppress(
@@ -144,8 +135,7 @@ class Gateway:
 
     def tenant_of(self, request: Request, cache_salt: str) -> str:
         """Tenant and cache salt in one name; sessions and shared prefixes never cross it."""
-        tenant = request.headers.get(self._settings.tenant_header, "").strip()
-        return f"{tenant}\x1f{cache_salt}" if cache_salt else tenant
+        return in_tenant(request.headers.get(self._settings.tenant_header, "").strip(), cache_salt)
 
     async def _check_model(self, model: str) -> None:
         if not self._model:
@@ -155,30 +145,24 @@ class Gateway:
         if model != self._model:
             raise ModelNotFound(f"The model {model!r} is not served here; {self._model!r} is.", param="model")
 
-    def _name(self, parsed: CompletionCall, request: Request) -> TurnCall:
-        tenant = self.tenant_of(request, parsed.cache_salt)
-        try:
-            name = session_from_headers(request.headers, {"session_id": parsed.session_id})
-        except ValueError as error:
-            raise InvalidRequest(str(error), param="metadata.session_id") from error
-        hints = placement_hints(request.headers, cache_key=parsed.cache_key, user=parsed.user)
-        known = known_part(parsed.messages or ())
-        if name is not None:
-            home = home_of_name(tenant, name)
-        elif parsed.messages is not None:
-            home = home_key(tenant, parsed.messages, hints)
-        else:
-            home = prompt_home_key(tenant, parsed.prompt or "", hints)
+    def _call(self, parsed: CompletionCall, request: Request) -> tuple[TurnCall, AffinityKey]:
+        """The call, and the key by which it is placed. Where routers see few headers, placement goes by these alone."""
+        own = placed = identify(parsed, request.headers, self.tenant_of(request, parsed.cache_salt))
+        if self._routed_headers is not None:
+            seen = {name: text for name, text in request.headers.items() if name in self._routed_headers}
+            placed = identify(parsed, seen, in_tenant("", parsed.cache_salt))
         kind = "chatcmpl" if parsed.endpoint is Endpoint.CHAT else "cmpl"
-        return TurnCall(
+        call = TurnCall(
             request=parsed,
-            tenant=tenant,
-            session_name=name,
-            home=home,
-            continuation=continuation_key(tenant, known) if known and name is None else None,
+            tenant=own.tenant,
+            session_name=own.session_name,
+            home=placed.home,
+            continuation=own.continuation,
             response_id=f"{kind}-{secrets.token_hex(16)}",
             created=int(time.time()),
+            placed_in=placed.tenant,
         )
+        return call, affinity_key(parsed, placed)
 
     async def _open(self, call: TurnCall, key: AffinityKey) -> _Opened:
         """Wait for the first bytes; a replica that goes away or whose engine is dead before that is replaced once."""
@@ -229,9 +213,9 @@ class Gateway:
             await opened.rest.aclose()
 
 
-def build_api(fleet: Fleet, settings: DeploySettings) -> FastAPI:
-    """The routes over one fleet."""
-    gateway = Gateway(fleet, settings)
+def build_api(fleet: Fleet, settings: DeploySettings, *, routed_headers: frozenset[str] | None = None) -> FastAPI:
+    """The routes over one fleet. `routed_headers`: lower-case names of the headers that routers see of a request; None: all."""
+    gateway = Gateway(fleet, settings, routed_headers=routed_headers)
     api = FastAPI(title="LoopServe", docs_url=None, redoc_url=None)
     _add_errors(api)
 
@@ -301,20 +285,6 @@ def _add_errors(api: FastAPI) -> None:
 
 def _response(answer: ErrorAnswer) -> Response:
     return Response(answer.body, status_code=answer.status, media_type="application/json", headers=answer.headers)
-
-
-def _affinity(call: TurnCall) -> AffinityKey:
-    request = call.request
-    num_chars = sum(len(message.content) for message in request.messages or ())
-    num_tokens = num_chars // _CHARS_PER_TOKEN
-    if request.prompt is not None:
-        num_tokens = len(request.prompt) // (_CHARS_PER_TOKEN if isinstance(request.prompt, str) else 1)
-    if call.session_name is not None:
-        resident: tuple[str, ...] = (session_key(call.tenant, call.session_name),)
-    else:
-        resident = () if call.continuation is None else (call.continuation,)
-    continues = bool(known_part(request.messages or ()))
-    return AffinityKey(home=call.home, resident=resident, prompt_tokens=num_tokens, continues=continues)
 
 
 def _absent(name: str, silent: tuple[str, ...]) -> LoopServeError:

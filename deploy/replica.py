@@ -122,7 +122,7 @@ class Replica:
                     started = None if is_accepted else _started(events)
                     if started is not None:
                         is_accepted = True
-                        self._conversations.use(key, name)
+                        self._conversations.use(key, name, claim=session_key(call.claim_tenant, name))
                         yield Accepted(name, self._name, started.cached_tokens)
                     item = self._written(events, writer, streams=call.request.stream and is_accepted)
                     if item is not None:
@@ -214,7 +214,11 @@ class Replica:
         for text in writer.texts:
             if text:
                 answered = (*messages, Message("assistant", text))
-                self._conversations.learn(key, continuation_key(call.tenant, answered))
+                own = continuation_key(call.tenant, answered)
+                is_own = call.claim_tenant == call.tenant
+                self._conversations.learn(
+                    key, own, claim=own if is_own else continuation_key(call.claim_tenant, answered)
+                )
 
 
 def _new_name(call: TurnCall) -> str:
