@@ -3,13 +3,15 @@
 The engine's own settings are `loopserve.config.EngineConfig`. Read once, at the start; knows nothing about Ray.
 """
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Self
 
+from deploy.autopilot.settings import AutopilotSettings
+from loopserve.environment import read_environment, read_setting, record_from
 from loopserve.errors import ConfigError
+from monitoring.settings import MetricsSettings
 
 ENV_PREFIX = "LOOPSERVE_"
 ENGINE_PREFIX = "LOOPSERVE_ENGINE_"  # belongs to EngineConfig
@@ -41,6 +43,8 @@ class DeploySettings:
     health_check_period_s: float = 2.0  # three failures in a row and Serve replaces a replica
     claims_max: int = 2048  # conversations that one replica publishes: 8 bytes each, newest first
     conversations_max: int = 16_384  # header-less conversations that one replica recognises
+    autopilot: AutopilotSettings = field(default_factory=AutopilotSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
     spill_turns: int = 4  # see router.affinity.AffinitySettings
     move_cost_factor: float = 1.5
 
@@ -58,23 +62,16 @@ class DeploySettings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
-        """Defaults, then HOST, PORT, REPLICAS, MODEL and DEVICE, then `LOOPSERVE_<FIELD>`, then `overrides`.
+        """Defaults, then HOST, PORT, REPLICAS, MODEL and DEVICE, then `LOOPSERVE_<FIELD>` (of a group:
+        `LOOPSERVE_<GROUP>__<FIELD>`), then `overrides`.
 
         Raises ConfigError for an unknown or malformed setting.
         """
         env = os.environ if environ is None else environ
-        known = {f.name: f.type for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for name in PLAIN_NAMES:
-            if env.get(name.upper(), ""):
-                values[name] = _parse(env[name.upper()], known[name], name.upper())
-        for variable, text in env.items():
-            if variable.startswith(ENV_PREFIX) and not variable.startswith(ENGINE_PREFIX):
-                name = variable.removeprefix(ENV_PREFIX).lower()
-                if name not in known:
-                    raise ConfigError(f"{variable}: there is no setting {name!r}; known: {', '.join(sorted(known))}")
-                values[name] = _parse(text, known[name], variable)
-        return cls(**{**values, **overrides})
+        plain = {name: env[name.upper()] for name in PLAIN_NAMES if env.get(name.upper(), "")}
+        values = {name: read_setting(cls, name, text, name.upper()) for name, text in plain.items()}
+        prefixed = read_environment(cls, env, prefix=ENV_PREFIX, excluded_prefix=ENGINE_PREFIX)
+        return cls(**{**values, **prefixed, **_built(cls, overrides)})
 
 
 def _check(condition: bool, message: str) -> None:
@@ -82,18 +79,11 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _parse(text: str, kind: Any, variable: str) -> Any:
-    """One value as its field's type; `kind` is the annotation."""
-    if kind is str:
-        return text
-    wanted = "a whole number" if "int" in str(kind) else "a number"
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    if value is None and "None" in str(kind):
-        return None
-    fits = isinstance(value, int) if "int" in str(kind) else isinstance(value, int | float)
-    if isinstance(value, bool) or not fits:
-        raise ConfigError(f"{variable} is {text!r}; {wanted} is needed")
-    return value
+def _built(record: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with groups that came as mappings, from a cluster's YAML, made into their records. Raises ConfigError."""
+    groups = {f.name: f.type for f in fields(record) if is_dataclass(f.type)}
+    built = dict(values)
+    for name in groups.keys() & values.keys():
+        if isinstance(values[name], Mapping):
+            built[name] = record_from(groups[name], values[name], name=name)
+    return built

@@ -7,12 +7,10 @@ The defaults of `PrefillSparsity` and `DecodeSparsity` are our answers to what t
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from inspect import formatannotation
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-from pydantic import TypeAdapter, ValidationError
-
+from loopserve.environment import read_environment
 from loopserve.errors import ConfigError
 
 BLOCK_TOKENS = 16  # unit of allocation, sharing and offload; part of the prefix fingerprint
@@ -153,46 +151,8 @@ class EngineConfig:
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
         """Defaults, then `LOOPSERVE_ENGINE_<FIELD>` (nested: `LOOPSERVE_ENGINE_DECODE__BUDGET_TOKENS`, values as JSON or plain text), then
         `overrides`. Raises ConfigError for an unknown or malformed setting."""
-        settings: dict[str, Any] = {}
-        groups: dict[str, dict[str, Any]] = {}
-        for name, text in (os.environ if environ is None else environ).items():
-            if name.startswith(ENV_PREFIX):
-                group, _, setting = name.removeprefix(ENV_PREFIX).lower().rpartition("__")
-                place = groups.setdefault(group, {}) if group else settings
-                place[setting] = _read_setting(_group_type(cls, group, name), setting, text, name)
-        # Built at once: a setting may be right only together with another one.
-        settings |= {group: _group_type(cls, group, group)(**values) for group, values in groups.items()}
-        return cls(**(settings | overrides))
+        env = os.environ if environ is None else environ
+        return cls(**(read_environment(cls, env, prefix=ENV_PREFIX) | overrides))
 
 
 ENV_PREFIX = "LOOPSERVE_ENGINE_"
-
-
-def _group_type(config: type, group: str, name: str) -> Any:
-    """The record whose settings `name` addresses: the configuration itself, or one of its groups."""
-    if not group:
-        return config
-    groups = {f.name: f.type for f in fields(config) if is_dataclass(f.type)}
-    if group not in groups:
-        raise ConfigError(f"{name}: there is no group {group!r}; known: {', '.join(sorted(groups))}")
-    return groups[group]
-
-
-def _read_setting(record: type, setting: str, text: str, name: str) -> Any:
-    """The value of one setting, written as JSON or, where it is text, plain. Strict: 1.5 is no count and "yes" no boolean."""
-    known: dict[str, Any] = {f.name: f.type for f in fields(record)}
-    if setting not in known:
-        raise ConfigError(f"{name}: there is no setting {setting!r}; known: {', '.join(sorted(known))}")
-    if is_dataclass(known[setting]):
-        raise ConfigError(f"{name}: {setting!r} is a group; name one of its settings after a double underscore")
-    adapter = TypeAdapter[Any](known[setting])
-    try:
-        return adapter.validate_json(text, strict=True)
-    except ValidationError as error:
-        try:
-            return adapter.validate_python(text, strict=True)
-        except ValidationError:
-            reason = error.errors()[0]["msg"]
-            raise ConfigError(
-                f"{name}: {text!r} does not fit, {formatannotation(known[setting])} is needed: {reason}"
-            ) from None

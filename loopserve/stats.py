@@ -40,8 +40,8 @@ class BudgetDemand:
 class MemoryStats:
     """The device pool and what the present conversations want of it, counted at one moment between two steps.
 
-    `demand` is a curve over the rungs of `DecodeSparsity.budget_rungs`, smallest first, `None` last. Shared prefixes count once a session in it:
-    what is chosen of them differs.
+    `demand` is a curve over the rungs of `DecodeSparsity.budget_rungs`, smallest first, `None` last. A shared prefix counts in every
+    session that has it: each chooses its own tokens of it.
     """
 
     block_bytes: int

@@ -76,9 +76,9 @@ def test_settings_come_from_plain_names_then_prefixed_ones_then_arguments():
         ({"PORT": "http"}, "PORT"),
         ({"PORT": "70000"}, "port"),
         ({"REPLICAS": "0"}, "replicas"),
-        ({"LOOPSERVE_REPLICAS": "true"}, "whole number"),
+        ({"LOOPSERVE_REPLICAS": "true"}, "int is needed"),
         ({"LOOPSERVE_REPLIKAS": "1"}, "replikas"),
-        ({"LOOPSERVE_IDLE_TIMEOUT_S": "soon"}, "number"),
+        ({"LOOPSERVE_IDLE_TIMEOUT_S": "soon"}, "float is needed"),
         ({"LOOPSERVE_IDLE_TIMEOUT_S": "0"}, "idle_timeout_s"),
     ],
 )
