@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/set-up.stamp
+TOOLS := .tools
 
 # Passed on to `loopserve serve` where they are set, here or in the environment.
 SERVE_FLAGS = $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(if $(REPLICAS),--replicas "$(REPLICAS)") \
@@ -11,7 +12,7 @@ SERVE_FLAGS = $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(if
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-slow constraints clean
+.PHONY: help serve test test-slow tools constraints clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -31,6 +32,8 @@ test: $(STAMP) ## set up if needed, then lint, types and tests
 test-slow: $(STAMP) ## the tests that take longer than a minute each
 	@$(BIN)/python -m pytest -m slow
 
+tools: $(TOOLS)/usr/bin/promtool ## Prometheus from Debian's package, unpacked into .tools, not installed: for the tests of alerts and panels
+
 constraints: $(STAMP) ## resolve constraints.txt again from pyproject.toml
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile --quiet --universal --upgrade --extra test --no-header --no-annotate --no-emit-index-url \
@@ -39,6 +42,17 @@ constraints: $(STAMP) ## resolve constraints.txt again from pyproject.toml
 clean: ## remove the virtual environment and every cache
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Nothing is installed and no service starts: the package is only unpacked. Its signature is checked by apt.
+$(TOOLS)/usr/bin/promtool:
+	@command -v apt-get >/dev/null && command -v dpkg >/dev/null || { \
+		echo "There is no apt here. Get Prometheus for this system, then set PROMETHEUS and PROMTOOL to its two programs." >&2; exit 1; }
+	@rm -rf $(TOOLS) && mkdir -p $(TOOLS)
+	@cd $(TOOLS) && apt-get -qq -o APT::Sandbox::User="$$(id -un)" download prometheus || { \
+		echo "apt could not fetch the package prometheus. Are its lists there? (apt-get update) Or set PROMETHEUS and PROMTOOL." >&2; exit 1; }
+	@cd $(TOOLS) && dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+	@touch $@
+	@echo "Prometheus is in $(TOOLS)/usr/bin"
 
 # The stamp comes last, so that a set-up that failed half-way is tried again.
 $(STAMP): pyproject.toml constraints.txt
