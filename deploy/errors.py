@@ -50,6 +50,18 @@ class ReplicaLost(EngineUnavailable):
         self.replica = replica
 
 
+class InvalidKey(LoopServeError):
+    """The request brings no API key, or one that is not valid: unknown, disabled or expired, and nobody is told which."""
+
+    code = "invalid_api_key"
+
+
+class NotAllowed(LoopServeError):
+    """The API key is valid, but does not open this."""
+
+    code = "insufficient_permissions"
+
+
 class TimedOut(EngineUnavailable):
     """Nothing came from a replica within the deployment's limit."""
 
@@ -63,6 +75,8 @@ STATUS: dict[type[LoopServeError], tuple[int, str]] = {
     UnsupportedField: (400, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     MethodNotAllowed: (405, "invalid_request_error"),
+    InvalidKey: (401, "invalid_request_error"),
+    NotAllowed: (403, "invalid_request_error"),
     NotFound: (404, "invalid_request_error"),
     ModelNotFound: (404, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
@@ -88,6 +102,8 @@ class ErrorAnswer:
     @property
     def headers(self) -> dict[str, str]:
         """Headers that belong to the status."""
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
         return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
 
 

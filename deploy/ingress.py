@@ -12,13 +12,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from deploy.calls import Accepted, Item, Refusal, ReplicaStatus, SessionView, TurnCall
+from deploy.doors import Doors
 from deploy.errors import (
     BodyTooLarge,
     ErrorAnswer,
@@ -31,6 +32,7 @@ from deploy.errors import (
 )
 from deploy.fleet import Fleet, Replies
 from deploy.identity import affinity_key, identify, in_tenant
+from deploy.keys import Caller
 from deploy.protocol import CompletionCall, Endpoint, parse_chat, parse_text
 from deploy.settings import DeploySettings
 from loopserve.errors import EngineUnavailable, LoopServeError, NotFound
@@ -66,13 +68,13 @@ class Gateway:
         self._routed_headers = routed_headers
         self._model = ""  # asked for once: it does not change while the application lives
 
-    async def complete(self, request: Request, endpoint: Endpoint) -> Response:
+    async def complete(self, request: Request, endpoint: Endpoint, caller: Caller) -> Response:
         """Answer one completion request, as a stream or whole. Raises errors of the tree."""
         body = await _read(request, self._settings.body_bytes_max)
         parse = parse_chat if endpoint is Endpoint.CHAT else parse_text
         parsed = parse(body, branches_max=self._settings.branches_max)
         await self._check_model(parsed.model)
-        call, key = self._call(parsed, request)
+        call, key = self._call(parsed, request, caller)
         opened = await self._open(call, key)
         headers = {"x-session-id": opened.accepted.session_name, "x-loopserve-replica": opened.accepted.replica}
         if not parsed.stream:
@@ -133,10 +135,6 @@ class Gateway:
         silent = list(replies.silent)
         return {"id": name, "object": "session.deleted", "deleted": True, "replicas": released, "silent": silent}
 
-    def tenant_of(self, request: Request, cache_salt: str) -> str:
-        """Tenant and cache salt in one name; sessions and shared prefixes never cross it."""
-        return in_tenant(request.headers.get(self._settings.tenant_header, "").strip(), cache_salt)
-
     async def _check_model(self, model: str) -> None:
         if not self._model:
             self._model = next((str(found["id"]) for found in await self.models()), "")
@@ -145,9 +143,9 @@ class Gateway:
         if model != self._model:
             raise ModelNotFound(f"The model {model!r} is not served here; {self._model!r} is.", param="model")
 
-    def _call(self, parsed: CompletionCall, request: Request) -> tuple[TurnCall, AffinityKey]:
+    def _call(self, parsed: CompletionCall, request: Request, caller: Caller) -> tuple[TurnCall, AffinityKey]:
         """The call, and the key by which it is placed. Where routers see few headers, placement goes by these alone."""
-        own = placed = identify(parsed, request.headers, self.tenant_of(request, parsed.cache_salt))
+        own = placed = identify(parsed, request.headers, in_tenant(caller.tenant, parsed.cache_salt))
         if self._routed_headers is not None:
             seen = {name: text for name, text in request.headers.items() if name in self._routed_headers}
             placed = identify(parsed, seen, in_tenant("", parsed.cache_salt))
@@ -215,23 +213,28 @@ class Gateway:
 
 def build_api(fleet: Fleet, settings: DeploySettings, *, routed_headers: frozenset[str] | None = None) -> FastAPI:
     """The routes over one fleet. `routed_headers`: lower-case names of the headers that routers see of a request; None: all."""
+    doors = Doors(settings)
     gateway = Gateway(fleet, settings, routed_headers=routed_headers)
-    api = FastAPI(title="LoopServe", docs_url=None, redoc_url=None)
+    api = FastAPI(
+        title="LoopServe", docs_url=None, redoc_url=None, openapi_url=None if settings.keys_file else "/openapi.json"
+    )
+    api.state.doors = doors
     _add_errors(api)
+    User = Annotated[Caller, Depends(doors.user)]  # noqa: N806, a type
 
     @api.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await gateway.complete(request, Endpoint.CHAT)
+    async def chat_completions(request: Request, caller: User) -> Response:
+        return await gateway.complete(request, Endpoint.CHAT, caller)
 
     @api.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await gateway.complete(request, Endpoint.TEXT)
+    async def completions(request: Request, caller: User) -> Response:
+        return await gateway.complete(request, Endpoint.TEXT, caller)
 
-    @api.get("/v1/models")
+    @api.get("/v1/models", dependencies=[Depends(doors.user)])
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": await gateway.models()}
 
-    @api.get("/v1/models/{name:path}")
+    @api.get("/v1/models/{name:path}", dependencies=[Depends(doors.user)])
     async def model(name: str) -> dict[str, Any]:
         for found in await gateway.models():
             if found["id"] == name:
@@ -247,16 +250,16 @@ def build_api(fleet: Fleet, settings: DeploySettings, *, routed_headers: frozens
         return await gateway.ready()
 
     @api.get("/v1/sessions")
-    async def sessions(request: Request, cache_salt: str = "") -> dict[str, Any]:
-        return await gateway.sessions(gateway.tenant_of(request, cache_salt))
+    async def sessions(caller: User, cache_salt: str = "") -> dict[str, Any]:
+        return await gateway.sessions(in_tenant(caller.tenant, cache_salt))
 
     @api.get("/v1/sessions/{name:path}")
-    async def session(request: Request, name: str, cache_salt: str = "") -> dict[str, Any]:
-        return await gateway.session(gateway.tenant_of(request, cache_salt), name)
+    async def session(caller: User, name: str, cache_salt: str = "") -> dict[str, Any]:
+        return await gateway.session(in_tenant(caller.tenant, cache_salt), name)
 
     @api.delete("/v1/sessions/{name:path}")
-    async def release(request: Request, name: str, cache_salt: str = "") -> dict[str, Any]:
-        return await gateway.release(gateway.tenant_of(request, cache_salt), name)
+    async def release(caller: User, name: str, cache_salt: str = "") -> dict[str, Any]:
+        return await gateway.release(in_tenant(caller.tenant, cache_salt), name)
 
     return api
 

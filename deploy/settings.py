@@ -15,6 +15,7 @@ from monitoring.settings import MetricsSettings
 
 ENV_PREFIX = "LOOPSERVE_"
 ENGINE_PREFIX = "LOOPSERVE_ENGINE_"  # belongs to EngineConfig
+TOPOLOGIES = ("two_hop", "direct")
 PLAIN_NAMES = ("host", "port", "replicas", "model", "device")  # also read without prefix, as the Makefile passes them
 
 
@@ -26,11 +27,15 @@ class DeploySettings:
     port: int = 8000
     replicas: int = 1
     ingress_replicas: int = 1
+    topology: str = "two_hop"  # or "direct", for clusters: see deploy.direct
+    local_direct: bool = False  # allow "direct" on one machine, where it listens on every interface
     model: str = ""  # hub id or directory; empty: the shipped model
     device: str = "auto"
     gpus_per_replica: float | None = None  # None: 1 on "cuda"; a local run shares out the GPUs it finds
     torch_threads: int | None = None  # per replica; None: the machine's cores shared out over the replicas
     tenant_header: str = "x-tenant-id"  # set by a trusted gateway; sessions and prefixes never cross its values
+    keys_file: str = ""  # see deploy.keys; empty: no keys, every door is open; set: the tenant is the key's
+    open_metrics: bool = False  # /metrics without a key, for a scraper in the cluster; only read where there are keys
     body_bytes_max: int = 8 << 20
     branches_max: int = 16  # OpenAI's `n`
     admission_timeout_s: float = 300.0  # from a request's arrival to its place in the batch
@@ -55,6 +60,7 @@ class DeploySettings:
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; a wait is longer than nothing")
         for name in ("routing_stats_period_s", "health_check_period_s", "move_cost_factor"):
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        _check(self.topology in TOPOLOGIES, f"topology is {self.topology!r}; there are {', '.join(TOPOLOGIES)}")
         _check(1 <= self.port <= 65535, f"port is {self.port}; ports are 1 to 65535")
         _check(self.body_bytes_max >= 1024, f"body_bytes_max is {self.body_bytes_max}; at least 1024 is needed")
         _check(self.torch_threads is None or self.torch_threads >= 1, "torch_threads must be at least 1")
