@@ -23,12 +23,13 @@ from loopserve.dialogue import FinishReason, SessionId, TurnEnded, TurnEvent, Tu
 from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, Overloaded
 from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel, load_model
+from loopserve.memory import memory_stats
 from loopserve.quality import TurnPolicy
-from loopserve.runner import ModelRunner, Runner, num_pool_blocks
+from loopserve.runner import ModelRunner, Runner, bytes_a_block, num_pool_blocks
 from loopserve.scheduler import Scheduler
 from loopserve.sessions import SessionInfo, SessionTable
 from loopserve.sparsity import DECODE_METHODS, PREFILL_METHODS
-from loopserve.stats import NullSink, Occupancy, StatsSink
+from loopserve.stats import MemoryStats, NullSink, Occupancy, StatsSink
 from loopserve.turn import Turn
 
 OnEvents = Callable[[Sequence[TurnEvent]], None]
@@ -55,6 +56,7 @@ class Engine:
         _check_methods(config)
         loaded = load_model(config) if loaded is None else loaded
         num_blocks = num_pool_blocks(loaded, config)
+        self._block_bytes = bytes_a_block(loaded)
         self._config = config
         self._loaded = loaded
         self._stats = NullSink() if stats is None else stats
@@ -152,13 +154,17 @@ class Engine:
                 self._cancels.setdefault(turn_id, reason)
                 self._work.notify_all()
 
-    def set_budget(self, tokens: int) -> None:
-        """Set the ceiling of the token selections; each turn follows at its next refresh. Raises ConfigError below the floor."""
+    def set_budget(self, tokens: int | None) -> None:
+        """Set the ceiling of the token selections, None lifts it; each turn follows at its next refresh. Thread-safe.
+
+        A ceiling is above what a request asks for, too: one that needs more asks for `min_coverage` or `exact`. Raises ConfigError below
+        the floor.
+        """
         floor = self._config.decode.budget_floor_tokens
-        if tokens < floor:
+        if tokens is not None and tokens < floor:
             raise ConfigError(f"The budget would be {tokens} tokens; the floor is {floor}.")
         with self._work:
-            self._scheduler.budget_tokens = tokens
+            self._scheduler.budget_ceiling_tokens = tokens
 
     def sessions(self) -> tuple[SessionInfo, ...]:
         """Every session, least recently used first. Thread-safe."""
@@ -194,6 +200,16 @@ class Engine:
         """Blocks of the pool by kind, counted now. Thread-safe."""
         with self._work:
             return self._sessions.occupancy()
+
+    def memory(self) -> MemoryStats:
+        """The pool, and what the present conversations want of it, counted now. Thread-safe; linear in blocks and sessions."""
+        with self._work:
+            return memory_stats(
+                self._config.decode,
+                self._scheduler,
+                self._sessions,
+                block_bytes=self._block_bytes,
+            )
 
     def check(self) -> None:
         """Assert that no block is lost, shared wrongly or counted twice."""

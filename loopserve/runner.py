@@ -252,22 +252,26 @@ class ModelRunner:
         )
 
 
+def bytes_a_block(loaded: LoadedModel) -> int:
+    """Bytes of the pool that one block takes: keys and values of all layers."""
+    return block_bytes(
+        num_layers=loaded.num_layers, num_kv_heads=loaded.num_kv_heads, head_dim=loaded.head_dim, dtype=loaded.dtype
+    )
+
+
 def num_pool_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
     """Blocks that the pool gets: as configured, or a share of the memory that is free now. Raises ConfigError if too few."""
     if config.kv_blocks is not None:
         return config.kv_blocks
-    bytes_a_block = block_bytes(
-        num_layers=loaded.num_layers, num_kv_heads=loaded.num_kv_heads, head_dim=loaded.head_dim, dtype=loaded.dtype
-    )
     if loaded.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(loaded.device)
         pool_bytes = int(free_bytes * config.kv_memory_ratio)
     else:
         pool_bytes = config.kv_bytes_max
-    num_blocks = pool_bytes // bytes_a_block
+    num_blocks = pool_bytes // bytes_a_block(loaded)
     if num_blocks < 2:
         raise ConfigError(
-            f"The KV pool would be {pool_bytes} bytes, but one block takes {bytes_a_block}; "
+            f"The KV pool would be {pool_bytes} bytes, but one block takes {bytes_a_block(loaded)}; "
             "free memory, raise kv_bytes_max or kv_memory_ratio, or use a smaller model."
         )
     return int(num_blocks)

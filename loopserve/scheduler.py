@@ -28,7 +28,7 @@ from loopserve.plan import (
 )
 from loopserve.quality import num_kept_tokens
 from loopserve.sessions import SessionTable
-from loopserve.stats import StepStats, TurnStats
+from loopserve.stats import StepStats, TokenGap, TurnStats
 from loopserve.turn import Turn
 
 ChoiceDue = Callable[[int], bool]  # decode steps since the prefill, this one included -> does the method choose again?
@@ -70,7 +70,8 @@ class Scheduler:
         self._step_index = 0
         self._num_preempted = 0
         self._admission_blocked = False  # nothing was given back since the pool was found too full
-        self.budget_tokens = config.decode.budget_tokens  # the ceiling in force
+        self._token_gaps: list[TokenGap] = []
+        self.budget_ceiling_tokens: int | None = None  # over every turn's own budget, from its next choice on
 
     @property
     def num_waiting(self) -> int:
@@ -81,6 +82,12 @@ class Scheduler:
     def num_running(self) -> int:
         """Turns in the batch."""
         return len(self._running)
+
+    @property
+    def default_budget_tokens(self) -> int:
+        """Budget in force for turns that ask for none: the engine's own, under the ceiling."""
+        own = self._config.decode.budget_tokens
+        return own if self.budget_ceiling_tokens is None else min(own, self.budget_ceiling_tokens)
 
     def turns(self) -> Iterator[Turn]:
         """Every turn that has not ended."""
@@ -185,6 +192,7 @@ class Scheduler:
         )
         num_rows = sum(len(segment.token_ids) for segment in plan.segments)
         preempted, self._num_preempted = self._num_preempted, 0
+        token_gaps, self._token_gaps = self._token_gaps, []
         return StepStats(
             step_index=plan.step_index,
             duration_s=duration_s,
@@ -194,6 +202,7 @@ class Scheduler:
             num_waiting=self.num_waiting,
             num_preempted=preempted,
             num_free_blocks=self._cache.pool.num_free,
+            token_gaps=tuple(token_gaps),
         )
 
     def _admissions(self, room_tokens: int) -> Iterator[Segment]:
@@ -314,7 +323,8 @@ class Scheduler:
         return SparseDecode(turn.budget_at_choice, measure=measure, choose=choose, dense=turn.window_dense)
 
     def _budget(self, turn: Turn) -> int:
-        return self.budget_tokens if turn.policy.budget_tokens is None else turn.policy.budget_tokens
+        wanted = self._config.decode.budget_tokens if turn.policy.budget_tokens is None else turn.policy.budget_tokens
+        return wanted if self.budget_ceiling_tokens is None else min(wanted, self.budget_ceiling_tokens)
 
     def _reserve(self, turn: Turn, num_tokens: int) -> bool:
         """Make room for the turn's first `num_tokens`; False when the turn itself had to give way."""
@@ -375,8 +385,12 @@ class Scheduler:
 
     def _append(self, turn: Turn, token: SampledToken) -> None:
         turn.known_ids.append(token.token_id)
+        now_s = self._clock()
         if turn.first_token_s is None:
-            turn.first_token_s = self._clock()
+            turn.first_token_s = now_s
+        else:
+            self._token_gaps.append(TokenGap(turn.turn_number, now_s - turn.last_token_s))
+        turn.last_token_s = now_s
         logprobs = () if token.logprobs is None else (token.logprobs,)
         self._notices.append(Notice(turn, TokensGenerated(turn.turn_id, (token.token_id,), logprobs)))
         reason = turn.reason_to_end()

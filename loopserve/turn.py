@@ -43,6 +43,7 @@ class Turn:
     turn_number: int = 0
     admitted_s: float | None = None
     first_token_s: float | None = None
+    last_token_s: float = 0.0
     ended: bool = False
 
     @property

@@ -156,7 +156,7 @@ class Dialogues(RuleBasedStateMachine):
             self.engine._scheduler.room_was_made()
 
     @precondition(ready)
-    @rule(budget=st.integers(2, 40))
+    @rule(budget=st.none() | st.integers(2, 40))
     def set_budget(self, budget):
         self.engine.set_budget(budget)
 

@@ -6,15 +6,18 @@ from fake_device import Clock, Inbox, StatsLog, drain, fake_engine, small_config
 from loopserve.dialogue import FinishReason, Mode, QualityContract, SamplingParams, SessionId, TurnRequest
 from loopserve.errors import Overloaded
 from loopserve.plan import StepPlan
+from loopserve.stats import TokenGap
 from loopserve.turn import Turn
 
 ROOMY = {"kv_blocks": 200, "max_running_turns": 8, "max_waiting_turns": 32, "max_sessions": 50, "max_branches": 8}
 
 
-def request(name: str, prompt_len: int, *, max_tokens: int = 4, mode=Mode.AUTO, num_branches: int = 1) -> TurnRequest:
+def request(
+    name: str, prompt_len: int, *, max_tokens: int = 4, mode=Mode.AUTO, num_branches: int = 1, budget_tokens=None
+) -> TurnRequest:
     prompt = tuple((index * 7 + len(name)) % 20 for index in range(prompt_len))
     sampling = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
-    return TurnRequest(SessionId(name), prompt, sampling, QualityContract(mode=mode), num_branches)
+    return TurnRequest(SessionId(name), prompt, sampling, QualityContract(mode, None, budget_tokens), num_branches)
 
 
 def segments_of(plans: list[StepPlan], turn_id) -> list:
@@ -188,6 +191,59 @@ def test_budget_set_while_a_turn_decodes_is_followed_at_its_next_refresh():
     decodes = [s.decode for s in segments_of(device.plans, turn_id) if s.decode is not None]
     assert [d.choose for d in decodes] == [step in (1, 3, 5, 10) for step in range(1, 12)]
     assert [d.budget_tokens for d in decodes] == [8, 8] + [3] * 9
+
+
+def test_ceiling_bounds_what_a_turn_asks_for_and_is_no_budget_of_its_own():
+    engine, device = fake_engine(small_config(**ROOMY))
+
+    def budgets(session: str, asked: int | None) -> set[int]:
+        (turn_id,) = engine.submit(request(session, 40, mode=Mode.SPARSE, max_tokens=4, budget_tokens=asked), Inbox())
+        drain(engine)
+        return {s.decode.budget_tokens for s in segments_of(device.plans, turn_id) if s.decode is not None}
+
+    assert (budgets("a", 20), budgets("b", 3)) == ({20}, {3})
+    engine.set_budget(5)
+    assert (budgets("c", 20), budgets("d", 3), budgets("e", None)) == ({5}, {3}, {5})
+    engine.set_budget(30)
+    assert budgets("f", None) == {8}
+    engine.set_budget(None)
+    assert budgets("g", 20) == {20}
+
+
+def test_gaps_between_tokens_are_reported_with_the_turns_number():
+    clock, stats = Clock(), StatsLog()
+    engine, _ = fake_engine(clock=clock, stats=stats)
+    for turn_number in (1, 2):
+        stats.steps.clear()
+        engine.submit(request("s", 5 * turn_number, max_tokens=3), Inbox())
+        while engine.step():
+            clock.now_s += 0.25
+        gaps = [gap for step in stats.steps for gap in step.token_gaps]
+        assert gaps == [TokenGap(turn_number, 0.25)] * 2
+
+
+def test_demand_curve_counts_working_sets_of_active_and_warm_conversations():
+    engine, _ = fake_engine(small_config(**ROOMY))
+    engine.submit(request("idle", 20, max_tokens=2), Inbox())
+    drain(engine)
+    engine.submit(request("busy", 30, max_tokens=4), Inbox())
+    engine.step()
+    engine.step()
+    memory = engine.memory()
+    token_bytes = memory.block_bytes // 16
+    assert [point.budget_tokens for point in memory.demand] == [2, 4, 8, None]
+    warm_tokens = next(info for info in engine.sessions() if info.session_id == "idle").num_cached_tokens
+    busy_tokens = memory.active_tokens
+    assert busy_tokens == 32 and memory.warm_tokens == warm_tokens
+    # sinks 1 + budget + window 4, or everything
+    assert [point.active_bytes // token_bytes for point in memory.demand] == [7, 9, 13, busy_tokens]
+    assert [point.warm_bytes // token_bytes for point in memory.demand] == [7, 9, 13, warm_tokens]
+    assert (memory.num_active_sessions, memory.num_warm_sessions) == (1, 1)
+    assert memory.demand_at(3).budget_tokens == 4 and memory.demand_at(None).budget_tokens is None
+    assert (memory.budget_tokens, memory.budget_ceiling_tokens) == (8, None)
+    engine.set_budget(2)
+    assert (engine.memory().budget_tokens, engine.memory().budget_ceiling_tokens) == (2, 2)
+    drain(engine)
 
 
 def test_turns_are_told_apart_by_identity():
