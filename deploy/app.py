@@ -1,4 +1,4 @@
-"""The Serve application: which deployments there are and how they are set. Topology `two_hop`:
+"""The Serve application: which deployments there are and how they are set. Topology `two_hop`; `direct` is in `deploy.direct`:
 
     Serve's proxy -> Ingress -> handle with an affinity key -> EngineReplica
 
@@ -43,16 +43,17 @@ def build_app(
     """
     config = engine_config or engine_config_for(settings)
     turns_max = config.max_running_turns + config.max_waiting_turns + _ONGOING_SLACK
-    engines = serve.deployment(EngineReplica, name=ENGINE_DEPLOYMENT).options(
-        num_replicas=settings.replicas,
-        max_ongoing_requests=turns_max,
-        ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
-        health_check_period_s=settings.health_check_period_s,
-        health_check_timeout_s=max(10.0, 2 * settings.health_check_period_s),
-        graceful_shutdown_timeout_s=settings.stop_timeout_s,
-        graceful_shutdown_wait_loop_s=0.1,
-        max_constructor_retry_count=settings.start_attempts,
-        request_router_config=RequestRouterConfig(
+    engine_options: dict[str, Any] = {
+        "name": ENGINE_DEPLOYMENT,
+        "num_replicas": settings.replicas,
+        "max_ongoing_requests": turns_max,
+        "ray_actor_options": {"num_cpus": 0, "num_gpus": _gpus(settings)},
+        "health_check_period_s": settings.health_check_period_s,
+        "health_check_timeout_s": max(10.0, 2 * settings.health_check_period_s),
+        "graceful_shutdown_timeout_s": settings.stop_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "max_constructor_retry_count": settings.start_attempts,
+        "request_router_config": RequestRouterConfig(
             request_router_class="router.ray_router.AffinityRouter",
             request_router_kwargs={
                 "spill_turns": settings.spill_turns,
@@ -60,13 +61,20 @@ def build_app(
             },
             request_routing_stats_period_s=settings.routing_stats_period_s,
         ),
-    )
-    ingress = serve.deployment(Ingress, name=INGRESS_DEPLOYMENT).options(
-        num_replicas=settings.ingress_replicas,
-        max_ongoing_requests=turns_max * settings.replicas,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=settings.stop_timeout_s,
-        graceful_shutdown_wait_loop_s=0.1,
+    }
+    door_options: dict[str, Any] = {
+        "max_ongoing_requests": turns_max * settings.replicas,
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": settings.stop_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+    if settings.topology == "direct":
+        from deploy.direct import direct_app  # Serve's private hook: only where it was asked for
+
+        return direct_app(settings, config, factory, engine_options=engine_options, router_options=door_options)
+    engines = serve.deployment(EngineReplica).options(**engine_options)
+    ingress = serve.deployment(Ingress).options(
+        name=INGRESS_DEPLOYMENT, num_replicas=settings.ingress_replicas, **door_options
     )
     return ingress.bind(engines.bind(settings, config, factory), settings)
 

@@ -84,6 +84,7 @@ def run(
 ) -> None:
     """Serve until SIGINT, SIGTERM or `stop`. Raises ConfigError, UnsupportedModel or EngineUnavailable where it cannot start."""
     stop = stop or threading.Event()
+    check_topology(settings)
     check_port_is_free(settings.host, settings.port)
     on_event(RunEvent(Stage.STARTING, "starting Ray"))
     with local_cluster(settings), _signals(stop):
@@ -102,6 +103,15 @@ def run(
             stop.wait()
         on_event(RunEvent(Stage.STOPPING, "stopping"))
     on_event(RunEvent(Stage.STOPPED, "stopped"))
+
+
+def check_topology(settings: DeploySettings) -> None:
+    """Raise ConfigError for the topology that would open this machine to its network, unless that is wanted."""
+    if settings.topology == "direct" and not settings.local_direct:
+        raise ConfigError(
+            "topology 'direct' is a cluster setting: its proxy and every replica would listen on all interfaces of this machine. "
+            "Leave LOOPSERVE_TOPOLOGY at two_hop, or set LOOPSERVE_LOCAL_DIRECT=true where that is wanted."
+        )
 
 
 def check_port_is_free(host: str, port: int) -> None:

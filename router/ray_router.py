@@ -2,10 +2,14 @@
 
 Owns nothing but the translation between Serve's objects and `router.affinity`. The handle's `session_id` carries an encoded `AffinityKey`.
 Runs in every process that holds a handle; all of them decide alike because they read the same published state.
+
+A request whose first argument is `CHOICE_ONLY` is only placed: it will reach the replica on another way, so Serve tells this router neither
+that it was taken nor that it ended. It then counts as taken until the replica has published its load anew.
 """
 
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -20,6 +24,9 @@ from router.affinity import (
     load_from_stats,
 )
 
+CHOICE_ONLY = "choice only"
+_CHOICE_COUNTS_S = 2.0  # some periods of published state, which may also stay as it was
+
 
 class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
     """Ranks replicas by ownership, memo and rendezvous hashing; keyword arguments are those of `AffinitySettings`."""
@@ -32,12 +39,14 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         """Called once by Serve, with `request_router_kwargs`."""
         self._affinity = Affinity(AffinitySettings(**settings), clock=time.monotonic)
         self._in_flight: Counter[ReplicaID] = Counter()
+        self._choices: dict[ReplicaID, _Choices] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve when membership or published state changed."""
         super().update_replicas(replicas)
         live = {replica.replica_id for replica in replicas}
         self._in_flight = Counter({name: count for name, count in self._in_flight.items() if name in live})
+        self._choices = {name: choices for name, choices in self._choices.items() if name in live}
         self._affinity.publish({_name(replica): (replica.routing_stats or {}).get("own", b"") for replica in replicas})
 
     async def choose_replicas(
@@ -48,13 +57,11 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # otherwise an unroutable request spins the event loop
         by_name = {_name(replica): replica for replica in candidate_replicas}
-        views = [
-            ReplicaView(
-                name, load=load_from_stats(replica.routing_stats or {}), in_flight=self._in_flight[replica.replica_id]
-            )
-            for name, replica in by_name.items()
-        ]
-        ranking = self._affinity.rank(_key(pending_request), views)
+        views = [self._view(name, replica) for name, replica in by_name.items()]
+        key = _key(pending_request)
+        ranking = self._affinity.rank(key, views)
+        if ranking.replicas and pending_request.args[:1] == [CHOICE_ONLY]:
+            self._chosen(key, by_name[ranking.replicas[0]])
         return [[by_name[name]] for name in ranking.replicas]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -68,6 +75,35 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         """The request ended, in whatever way; also called for requests that no replica took."""
         if self._in_flight[replica_id] > 0:
             self._in_flight[replica_id] -= 1
+
+    def _view(self, name: ReplicaName, replica: RunningReplica) -> ReplicaView:
+        stats = replica.routing_stats or {}
+        load, in_flight = load_from_stats(stats), self._in_flight[replica.replica_id]
+        choices = self._choices.get(replica.replica_id)
+        if choices is not None and choices.counts(stats, time.monotonic()):
+            in_flight = max(in_flight, load.running + load.waiting + choices.num)
+        return ReplicaView(name, load=load, in_flight=in_flight)
+
+    def _chosen(self, key: AffinityKey, replica: RunningReplica) -> None:
+        stats, now_s = replica.routing_stats or {}, time.monotonic()
+        choices = self._choices.get(replica.replica_id)
+        if choices is None or not choices.counts(stats, now_s):
+            choices = self._choices[replica.replica_id] = _Choices(stats, now_s)
+        choices.num += 1
+        self._affinity.remember(key, _name(replica))
+
+
+@dataclass(slots=True)
+class _Choices:
+    """How many requests were placed on one replica since it published `stats`."""
+
+    stats: dict[str, Any]
+    since_s: float
+    num: int = 0
+
+    def counts(self, stats: dict[str, Any], now_s: float) -> bool:
+        """Whether the number still adds to what the replica publishes now."""
+        return stats == self.stats and now_s - self.since_s < _CHOICE_COUNTS_S
 
 
 def _name(replica: RunningReplica) -> ReplicaName:
