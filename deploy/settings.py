@@ -36,6 +36,7 @@ class DeploySettings:
     tenant_header: str = "x-tenant-id"  # set by a trusted gateway; sessions and prefixes never cross its values
     keys_file: str = ""  # see deploy.keys; empty: no keys, every door is open; set: the tenant is the key's
     open_metrics: bool = False  # /metrics without a key, for a scraper in the cluster; only read where there are keys
+    observe: bool = False  # the live page at /observe; `loopserve observe` turns it on
     body_bytes_max: int = 8 << 20
     branches_max: int = 16  # OpenAI's `n`
     admission_timeout_s: float = 300.0  # from a request's arrival to its place in the batch
