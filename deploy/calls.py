@@ -26,6 +26,7 @@ class TurnCall:
     response_id: str
     created: int  # unix seconds
     placed_in: str | None = None  # tenant as routers know it, in which claims are published; None: `tenant`
+    trace_parent: str = ""  # W3C; empty where the request is not traced
 
     @property
     def claim_tenant(self) -> str:
@@ -40,6 +41,7 @@ class Accepted:
     session_name: str
     replica: str
     cached_tokens: int
+    received_unix_s: float = 0.0  # when the call had reached the replica
 
 
 @dataclass(frozen=True, slots=True)
