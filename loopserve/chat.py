@@ -57,6 +57,7 @@ class ChatRequest:
     stop: tuple[str, ...] = ()
     num_branches: int = 1
     cache_salt: str = ""
+    trace_parent: str = ""  # opaque: comes back with the turn's stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,7 @@ class ChatService:
             contract=request.contract,
             num_branches=request.num_branches,
             cache_salt=request.cache_salt,
+            trace_parent=request.trace_parent,
         )
         turn_ids = self._engine.submit(turn, inbox.put)
         return {

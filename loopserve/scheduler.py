@@ -168,6 +168,8 @@ class Scheduler:
                 first_token_s=None if turn.first_token_s is None else turn.first_token_s - turn.arrived_s,
                 total_s=self._clock() - turn.arrived_s,
                 num_preemptions=turn.num_preemptions,
+                trace_parent=turn.request.trace_parent,
+                budget_tokens=turn.budget_at_choice or None,
             )
         )
 

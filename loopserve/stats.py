@@ -105,6 +105,7 @@ class TurnStats:
     total_s: float
     num_preemptions: int
     trace_parent: str = ""  # as the turn's request brought it
+    budget_tokens: int | None = None  # of its last selection; None where it chose nothing
 
 
 class StatsSink(Protocol):
