@@ -19,7 +19,7 @@ from deploy.settings import DeploySettings
 from loopserve.chat import AnswerDelta, AnswerEnded, AnswerStarted, ChatEvent, ChatRequest
 from loopserve.cli import app
 from loopserve.cli.chat import Conversation, line_reader
-from loopserve.cli.client import ChatClient, ChatOptions, sse_data
+from loopserve.cli.client import ChatClient, ChatOptions
 from loopserve.cli.dialogue_file import ScriptedDialogue, ScriptedTurn, read_dialogues
 from loopserve.cli.player import PlayedDialogue, PlayedTurn, Terms, play_all
 from loopserve.cli.replay import as_record, report
@@ -86,14 +86,6 @@ def talk(server: FakeServer, typed: str, *, interactive: bool = True, **options:
     )
     conversation.run(line_reader(io.StringIO(typed)))
     return out.getvalue(), notes.getvalue()
-
-
-def test_events_are_joined_over_lines_and_comments_are_skipped() -> None:
-    assert list(sse_data([": ping", "data: a", "", "event: x", "data:b", "data: c", "", "", "data: d"])) == [
-        "a",
-        "b\nc",
-        "d",
-    ]
 
 
 def test_an_answer_is_streamed_and_its_turn_described() -> None:

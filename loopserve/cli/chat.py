@@ -113,8 +113,7 @@ def describe(summary: TurnSummary) -> str:
     """One line about a turn: what was cached, what decode read, how well that covered, how soon it began."""
     words: list[str] = []
     if usage := summary.usage:
-        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-        words.append(f"{cached} of {usage.prompt_tokens} prompt tokens cached")
+        words.append(f"{usage.cached_tokens or 0} of {usage.prompt_tokens} prompt tokens cached")
         if quality := usage.loopserve:
             words.append("kept all" if quality.kept_share is None else f"kept {quality.kept_share:.0%}")
             words.append("dense" if quality.coverage_mean is None else f"coverage {quality.coverage_mean:.3f}")

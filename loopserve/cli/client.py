@@ -3,7 +3,6 @@
 The stream is read as any OpenAI client reads it: `data:` lines with chunks, a last chunk with usage, then `[DONE]`.
 """
 
-import json
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,43 +10,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
-from pydantic import BaseModel, ValidationError
 
+from loopserve.chunks import DONE, EventReader, Usage, read_chunk, told_error
 from loopserve.dialogue import Message, Mode
 from loopserve.errors import EngineUnavailable, InvalidRequest, LoopServeError, Overloaded
 
 CONNECT_S_MAX = 5.0
 SILENCE_S_MAX = 600.0  # a long prefill behind a full queue sends nothing for minutes
 SESSION_HEADER = "x-session-id"
-
-
-class Quality(BaseModel):
-    """`usage.loopserve`: what sparsity did in the turn."""
-
-    mode: str = ""
-    coverage_mean: float | None = None
-    kept_tokens: float = 0.0
-    context_tokens: float = 0.0
-
-    @property
-    def kept_share(self) -> float | None:
-        """Tokens that a decode step read over those that a dense one would have read; None where nothing was decoded."""
-        return self.kept_tokens / self.context_tokens if self.context_tokens else None
-
-
-class PromptDetails(BaseModel):
-    """`usage.prompt_tokens_details`."""
-
-    cached_tokens: int = 0
-
-
-class Usage(BaseModel):
-    """`usage` of the last chunk."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    prompt_tokens_details: PromptDetails | None = None
-    loopserve: Quality | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +57,6 @@ class TurnSummary:
     finish_reason: str | None
     usage: Usage | None
     first_token_s: float | None
-
-
-def sse_data(lines: Iterable[str]) -> Iterator[str]:
-    """The payload of every server-sent event: `data:` lines up to a blank one, joined by newlines; comments are skipped."""
-    held: list[str] = []
-    for line in lines:
-        if line.startswith("data:"):
-            held.append(line[5:].removeprefix(" "))
-        elif not line and held:
-            yield "\n".join(held)
-            held = []
-    if held:
-        yield "\n".join(held)
 
 
 class ChatClient:
@@ -144,7 +101,7 @@ class ChatClient:
                 "POST", "/v1/chat/completions", json=options.body(messages, model), headers=headers
             ) as response:
                 _raise_for_status(response)
-                yield from _answer(sse_data(response.iter_lines()), sent_at)
+                yield from _answer(_payloads(response.iter_bytes()), sent_at)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 
@@ -156,30 +113,28 @@ class ChatClient:
         return EngineUnavailable(f"the connection to {self.url} broke: {error or type(error).__name__}")
 
 
+def _payloads(blocks: Iterable[bytes]) -> Iterator[str]:
+    reader = EventReader()
+    for block in blocks:
+        yield from reader.feed(block)
+    yield from reader.end()
+
+
 def _answer(payloads: Iterable[str], sent_at: float) -> Generator[TextDelta | TurnSummary]:
     finish_reason, usage, first_token_s = None, None, None
     for payload in payloads:
-        if payload == "[DONE]":
+        if payload == DONE:
             yield TurnSummary(finish_reason, usage, first_token_s)
             return
-        try:
-            chunk = json.loads(payload)
-            if "error" in chunk:
-                raise EngineUnavailable(_message_of(chunk))
-            usage = Usage.model_validate(chunk["usage"]) if chunk.get("usage") else usage
-            for choice in chunk["choices"]:
-                finish_reason = choice.get("finish_reason") or finish_reason
-                if text := choice["delta"].get("content"):
-                    first_token_s = time.monotonic() - sent_at if first_token_s is None else first_token_s
-                    yield TextDelta(text)
-        except (ValueError, LookupError, AttributeError, ValidationError) as error:
-            raise EngineUnavailable(f"the server sent a chunk that cannot be read: {payload[:200]}") from error
+        chunk = read_chunk(payload)
+        if chunk.error is not None:
+            raise EngineUnavailable(chunk.error)
+        usage = chunk.usage or usage
+        finish_reason = chunk.finish_reason or finish_reason
+        if chunk.text:
+            first_token_s = time.monotonic() - sent_at if first_token_s is None else first_token_s
+            yield TextDelta(chunk.text)
     raise EngineUnavailable("the answer broke off before its end")
-
-
-def _message_of(body: Any) -> str:
-    error = body.get("error") if isinstance(body, dict) else None
-    return str(error.get("message")) if isinstance(error, dict) else str(error or body)
 
 
 def _raise_for_status(response: httpx.Response) -> None:
@@ -187,7 +142,7 @@ def _raise_for_status(response: httpx.Response) -> None:
         return
     response.read()
     try:
-        message = _message_of(response.json())
+        message = told_error(response.json())
     except ValueError:
         message = response.text.strip()[:500] or response.reason_phrase
     kind: type[LoopServeError] = EngineUnavailable
