@@ -21,7 +21,7 @@ PACKAGES = ("loopserve", "router", "deploy", "monitoring")
 MAP = """\
 8 | deploy/ loopserve/__main__.py
 7 | loopserve/cli/
-6 | loopserve/engine.py loopserve/chat.py
+6 | loopserve/engine.py loopserve/chat.py | loopserve/bench/* loopserve/chunks.py*
 5 | loopserve/runner.py | loopserve/memory.py*
 4 | loopserve/attention.py loopserve/loading.py loopserve/sampler.py | loopserve/scheduler.py* loopserve/turn.py*
 3 | loopserve/sparsity/ | loopserve/sessions.py* loopserve/quality.py* loopserve/admission.py* \

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from loopserve.cli.bench import bench
 from loopserve.cli.chat import chat
 from loopserve.cli.replay import replay
 from loopserve.cli.serve import serve
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(chat)
 app.command()(replay)
+app.command()(bench)
 
 
 def _print_version(wanted: bool) -> None:
