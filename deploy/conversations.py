@@ -38,6 +38,10 @@ class Conversations:
     def __len__(self) -> int:
         return len(self._by_session)
 
+    def holds(self, session_key: str) -> bool:
+        """Whether the session has had a turn here."""
+        return session_key in self._by_session
+
     def name_of(self, continuation: str | None) -> str | None:
         """The session that gave the answer a request continues, or None."""
         found = self._by_continuation.get(continuation or "")

@@ -10,19 +10,26 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
 
+import ray.util.metrics
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deploy.backend import BackendFactory, resolve_factory
-from deploy.calls import Item, ReplicaStatus, SessionView, TurnCall
+from deploy.calls import BudgetOrder, BudgetReply, Item, ReplicaSignals, ReplicaStatus, SessionView, TurnCall
 from deploy.fleet import RayFleet
 from deploy.ingress import build_api
 from deploy.load import LoadMeter
+from deploy.metrics_page import IngressMetrics
 from deploy.replica import Replica
+from deploy.replica_metrics import ReplicaMetrics
 from deploy.settings import DeploySettings
 from loopserve.config import EngineConfig
 from loopserve.errors import LoopServeError
+from monitoring.catalogue import Origin
+from monitoring.exposition import Families
+from monitoring.tracing import TurnTracer, open_tracing
+from router.ray_router import AffinityRouter
 
 START_FAILED = "loopserve start failed"  # deploy.local finds the reason behind this in Serve's status message
 
@@ -32,14 +39,25 @@ class EngineReplica:
 
     def __init__(self, settings: DeploySettings, config: EngineConfig, factory: str | BackendFactory) -> None:
         num_threads = settings.torch_threads or max(1, (os.cpu_count() or 1) // settings.replicas)
-        load = LoadMeter(max_running_turns=config.max_running_turns)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._metrics = ReplicaMetrics(
+            settings.metrics,
+            name=self._name,
+            visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            ray_api=ray.util.metrics,
+        )
+        self._tracing = open_tracing(settings.tracing, instance=self._name)
+        traced = [] if self._tracing is None else [TurnTracer(self._tracing, replica=self._name)]
+        load = LoadMeter([self._metrics.recorder, *traced], max_running_turns=config.max_running_turns)
         try:
             backend = resolve_factory(factory)(config, load, num_threads=num_threads)
         except LoopServeError as error:
             raise RuntimeError(f"{START_FAILED} [{type(error).__name__}] {error.message} [end]") from error
-        self._name = serve.get_replica_context().replica_id.unique_id
-        self._replica = Replica(backend, settings, name=self._name, load=load)
+        self._engine = backend.engine
+        self._replica = Replica(backend, settings, name=self._name, load=load, metrics=self._metrics.sink)
         backend.engine.start()
+        self._metrics.start()
+        self._refreshing = asyncio.get_running_loop().create_task(self._metrics.refresh_ray(backend.engine))
 
     async def chat(self, call: TurnCall) -> AsyncGenerator[Item, None]:
         """Hop 3 of a turn."""
@@ -63,6 +81,18 @@ class EngineReplica:
         """Forget one session."""
         return self._name, await self._replica.release(tenant, name)
 
+    async def metrics(self) -> tuple[str, Families]:
+        """Everything counted here, for the page of the whole application."""
+        return self._name, await asyncio.to_thread(self._metrics.families, self._engine)
+
+    async def signals(self) -> tuple[str, ReplicaSignals]:
+        """What the autopilot needs to know."""
+        return self._name, await self._replica.signals()
+
+    async def set_budget(self, order: BudgetOrder) -> tuple[str, BudgetReply]:
+        """An autopilot's word."""
+        return self._name, await self._replica.set_budget(order)
+
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every `routing_stats_period_s`; routers see the result."""
         return self._replica.routing_stats()
@@ -75,8 +105,12 @@ class EngineReplica:
         """Called by Serve when ongoing requests have ended or their time is over."""
         replica = getattr(self, "_replica", None)
         if replica is not None:
+            self._refreshing.cancel()
+            self._metrics.stop()
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(replica.close), timeout=5.0)
+            if self._tracing is not None:
+                await asyncio.to_thread(self._tracing.close)
 
 
 @serve.ingress()
@@ -84,9 +118,25 @@ class Ingress:
     """The HTTP surface in one process."""
 
     def __init__(self, engines: DeploymentHandle, settings: DeploySettings) -> None:
+        context = serve.get_replica_context()
+        self._metrics = IngressMetrics(context.replica_id.unique_id)
+        AffinityRouter.listener = self._metrics.decided
         self._fleet = RayFleet(engines, ask_timeout_s=settings.ask_timeout_s)
+        own = serve.get_deployment_handle(context.deployment, app_name=context.app_name)
+        self._peers = {Origin.INGRESS: RayFleet(own, ask_timeout_s=settings.ask_timeout_s)}
         self._settings = settings
+        self._tracing = open_tracing(settings.tracing, instance=self._metrics.name)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return build_api(self._fleet, self._settings)
+        return build_api(self._fleet, self._settings, metrics=self._metrics, peers=self._peers, tracing=self._tracing)
+
+    async def ingress_metrics(self) -> tuple[str, Families]:
+        """Everything counted here, for a page that another ingress makes."""
+        return self._metrics.name, self._metrics.families()
+
+    async def __del__(self) -> None:
+        """Called by Serve when ongoing requests have ended or their time is over."""
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)

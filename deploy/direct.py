@@ -88,7 +88,12 @@ class DirectReplica(EngineReplica):
         context = serve.get_replica_context()
         handle = serve.get_deployment_handle(context.deployment, app_name=context.app_name)
         fleet = RayFleet(handle, ask_timeout_s=self._settings.ask_timeout_s)
-        return build_api(OwnFleet(self._name, self._replica, fleet), self._settings, routed_headers=ROUTED_HEADERS)
+        return build_api(
+            OwnFleet(self._name, self._replica, fleet),
+            self._settings,
+            routed_headers=ROUTED_HEADERS,
+            tracing=self._tracing,
+        )
 
 
 class OwnFleet:

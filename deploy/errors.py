@@ -98,6 +98,7 @@ class ErrorAnswer:
     status: int
     body: bytes
     retry_after_s: int | None = None
+    code: str = ""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -115,6 +116,11 @@ def status_of(error: BaseException) -> tuple[int, str]:
     return STATUS[LoopServeError]
 
 
+def code_of(error: BaseException) -> str:
+    """OpenAI's error code of any error."""
+    return error.code if isinstance(error, LoopServeError) else LoopServeError.code
+
+
 def error_answer(error: BaseException) -> ErrorAnswer:
     """The whole answer for an error, in OpenAI's shape."""
     retry_after = None
@@ -122,7 +128,7 @@ def error_answer(error: BaseException) -> ErrorAnswer:
         retry_after = max(1, math.ceil(error.retry_after_s))
     elif isinstance(error, EngineUnavailable):
         retry_after = math.ceil(UNAVAILABLE_RETRY_S)
-    return ErrorAnswer(status_of(error)[0], _body(error), retry_after)
+    return ErrorAnswer(status_of(error)[0], _body(error), retry_after, code_of(error))
 
 
 def error_event(error: BaseException) -> bytes:

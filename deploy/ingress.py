@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
@@ -27,15 +27,21 @@ from deploy.errors import (
     ModelNotFound,
     ReplicaLost,
     TimedOut,
+    code_of,
     error_answer,
     error_event,
 )
 from deploy.fleet import Fleet, Replies
 from deploy.identity import affinity_key, identify, in_tenant
 from deploy.keys import Caller
+from deploy.metrics_page import IngressMetrics, MetricsPage, RequestCounter
 from deploy.protocol import CompletionCall, Endpoint, parse_chat, parse_text
 from deploy.settings import DeploySettings
+from deploy.tracing import TracedFleet, TracedRequests
 from loopserve.errors import EngineUnavailable, LoopServeError, NotFound
+from monitoring.catalogue import KEYS_RELOAD_FAILED, REQUEST_RETRIES, Origin
+from monitoring.exposition import CONTENT_TYPE
+from monitoring.tracing import Tracing
 from router.affinity import AffinityKey
 
 _log = logging.getLogger(__name__)
@@ -62,10 +68,20 @@ class _Refused(Exception):
 class Gateway:
     """What the routes do; one per ingress process."""
 
-    def __init__(self, fleet: Fleet, settings: DeploySettings, *, routed_headers: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        settings: DeploySettings,
+        *,
+        metrics: IngressMetrics,
+        routed_headers: frozenset[str] | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._fleet = fleet
         self._settings = settings
+        self._metrics = metrics
         self._routed_headers = routed_headers
+        self._tracing = tracing
         self._model = ""  # asked for once: it does not change while the application lives
 
     async def complete(self, request: Request, endpoint: Endpoint, caller: Caller) -> Response:
@@ -173,10 +189,12 @@ class Gateway:
                 if not (refused.refusal.elsewhere and remaining):
                     raise
                 key = replace(key, avoid=refused.refusal.replica)
+                self._metrics.sink.inc(REQUEST_RETRIES)
             except ReplicaLost as lost:
                 if not remaining:
                     raise
                 key = replace(key, avoid=lost.replica)
+                self._metrics.sink.inc(REQUEST_RETRIES)
             except BaseException:
                 await items.aclose()
                 raise
@@ -206,20 +224,43 @@ class Gateway:
         except Exception as error:  # the status is out; the client must learn of any failure inside the stream
             if not isinstance(error, LoopServeError):
                 _log.exception("a stream failed")
+            self._metrics.failed(code_of(error))
+            if self._tracing is not None:
+                self._tracing.fail(code_of(error))
             yield error_event(error)
         finally:
             await opened.rest.aclose()
 
 
-def build_api(fleet: Fleet, settings: DeploySettings, *, routed_headers: frozenset[str] | None = None) -> FastAPI:
-    """The routes over one fleet. `routed_headers`: lower-case names of the headers that routers see of a request; None: all."""
+def build_api(
+    fleet: Fleet,
+    settings: DeploySettings,
+    *,
+    routed_headers: frozenset[str] | None = None,
+    metrics: IngressMetrics | None = None,
+    peers: Mapping[Origin, Fleet] | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
+    """The routes over one fleet.
+
+    `routed_headers`: lower-case names of the headers that routers see of a request; None: all. `metrics`: this process's count. `peers`:
+    whom to ask for the rest of the metrics page, the other ingresses and the autopilot.
+    """
     doors = Doors(settings)
-    gateway = Gateway(fleet, settings, routed_headers=routed_headers)
+    metrics = metrics or IngressMetrics()
+    if tracing is not None:
+        fleet = TracedFleet(fleet, tracing, routes=routed_headers is None)
+    gateway = Gateway(fleet, settings, routed_headers=routed_headers, metrics=metrics, tracing=tracing)
+    metrics_page = MetricsPage(metrics, {Origin.ENGINE: fleet, **(peers or {})})
     api = FastAPI(
         title="LoopServe", docs_url=None, redoc_url=None, openapi_url=None if settings.keys_file else "/openapi.json"
     )
     api.state.doors = doors
-    _add_errors(api)
+    api.state.metrics_page = metrics_page
+    api.add_middleware(RequestCounter, metrics=metrics)
+    if tracing is not None:
+        api.add_middleware(TracedRequests, tracing=tracing)
+    _add_errors(api, metrics)
     User = Annotated[Caller, Depends(doors.user)]  # noqa: N806, a type
 
     @api.post("/v1/chat/completions")
@@ -249,6 +290,11 @@ def build_api(fleet: Fleet, settings: DeploySettings, *, routed_headers: frozens
     async def ready() -> dict[str, Any]:
         return await gateway.ready()
 
+    @api.get("/metrics", dependencies=[Depends(doors.metrics)])
+    async def metrics_text() -> Response:
+        metrics.sink.set(KEYS_RELOAD_FAILED, float(doors.keys_reload_failed))
+        return Response(await metrics_page.render(), media_type=CONTENT_TYPE)
+
     @api.get("/v1/sessions")
     async def sessions(caller: User, cache_salt: str = "") -> dict[str, Any]:
         return await gateway.sessions(in_tenant(caller.tenant, cache_salt))
@@ -264,30 +310,30 @@ def build_api(fleet: Fleet, settings: DeploySettings, *, routed_headers: frozens
     return api
 
 
-def _add_errors(api: FastAPI) -> None:
-    """Every error leaves in OpenAI's shape, those of the framework included."""
+def _add_errors(api: FastAPI, metrics: IngressMetrics) -> None:
+    """Every error leaves in OpenAI's shape, those of the framework included, and is counted."""
+
+    def answered(answer: ErrorAnswer) -> Response:
+        metrics.failed(answer.code)
+        return Response(answer.body, status_code=answer.status, media_type="application/json", headers=answer.headers)
 
     async def ours(_: Request, error: Exception) -> Response:
-        return _response(error_answer(error))
+        return answered(error_answer(error))
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, _Refused)
-        return _response(error.refusal.answer)
+        return answered(error.refusal.answer)
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code == 405:
-            return _response(error_answer(MethodNotAllowed(f"{request.method} is not served at {request.url.path}.")))
-        return _response(error_answer(NotFound(f"There is nothing at {request.url.path}.")))
+            return answered(error_answer(MethodNotAllowed(f"{request.method} is not served at {request.url.path}.")))
+        return answered(error_answer(NotFound(f"There is nothing at {request.url.path}.")))
 
     api.add_exception_handler(LoopServeError, ours)
     api.add_exception_handler(_Refused, refused)
     api.add_exception_handler(HTTPException, framework)
     api.add_exception_handler(Exception, ours)
-
-
-def _response(answer: ErrorAnswer) -> Response:
-    return Response(answer.body, status_code=answer.status, media_type="application/json", headers=answer.headers)
 
 
 def _absent(name: str, silent: tuple[str, ...]) -> LoopServeError:

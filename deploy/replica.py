@@ -8,18 +8,23 @@ bytes that `deploy.answers` writes.
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from deploy.answers import AnswerShape, AnswerWriter
+from deploy.autopilot.lease import BudgetLease
 from deploy.calls import (
     Accepted,
+    BudgetOrder,
+    BudgetReply,
     Item,
     Refusal,
+    ReplicaSignals,
     ReplicaStatus,
     SessionView,
     TurnCall,
@@ -32,10 +37,15 @@ from deploy.load import LoadMeter
 from deploy.settings import DeploySettings
 from loopserve.chat import AnswerStarted, ChatEvent, ChatRequest
 from loopserve.dialogue import Message, SessionId
-from loopserve.errors import EngineUnavailable, LoopServeError, NotFound
+from loopserve.errors import ConfigError, EngineUnavailable, LoopServeError, NotFound
 from loopserve.sessions import SessionInfo
+from loopserve.stats import MemoryStats
+from monitoring.catalogue import AFFINITY_TURNS, REJECTIONS
+from monitoring.sinks import Fan, MetricSink
 from router.affinity import pack_claims
-from router.identity import ConversationKey, continuation_key, generated_session_name, session_key
+from router.identity import ConversationKey, continuation_key, generated_session_name, known_part, session_key
+
+_log = logging.getLogger(__name__)
 
 
 class EngineLike(Protocol):
@@ -64,6 +74,12 @@ class EngineLike(Protocol):
 
     def release(self, session_id: SessionId) -> None:
         """Forget a session. Raises NotFound."""
+
+    def memory(self) -> MemoryStats:
+        """Queues, pool and demand, counted now."""
+
+    def set_budget(self, tokens: int | None) -> None:
+        """Set or lift the ceiling of the token selections. Raises ConfigError."""
 
 
 class ChatLike(Protocol):
@@ -94,14 +110,18 @@ class Replica:
         *,
         name: str,
         load: LoadMeter,
+        metrics: MetricSink | None = None,
         unix_time: Callable[[], float] = time.time,
     ) -> None:
         self._engine, self._chat = backend.engine, backend.chat
         self._settings = settings
         self._name = name
         self._load = load
+        self._metrics = Fan(()) if metrics is None else metrics
         self._conversations = Conversations(limit=settings.conversations_max, clock=unix_time)
         self._num_turns = 0
+        self._unix_time = unix_time
+        self._lease = BudgetLease(clock=time.monotonic)
         self._loaded_at = int(unix_time())
 
     async def chat(self, call: TurnCall) -> AsyncGenerator[Item, None]:
@@ -110,6 +130,7 @@ class Replica:
         Closing the generator cancels the turn. What a client has already received may come back as history, so it is learned
         however the turn ends.
         """
+        received_unix_s = self._unix_time()
         name = call.session_name or self._conversations.name_of(call.continuation) or _new_name(call)
         key = session_key(call.tenant, name)
         writer = AnswerWriter(_shape(call))
@@ -122,8 +143,9 @@ class Replica:
                     started = None if is_accepted else _started(events)
                     if started is not None:
                         is_accepted = True
+                        self._count_outcome(call, is_held=self._conversations.holds(key))
                         self._conversations.use(key, name, claim=session_key(call.claim_tenant, name))
-                        yield Accepted(name, self._name, started.cached_tokens)
+                        yield Accepted(name, self._name, started.cached_tokens, received_unix_s)
                     item = self._written(events, writer, streams=call.request.stream and is_accepted)
                     if item is not None:
                         yield item
@@ -194,6 +216,22 @@ class Replica:
             "accepting": self._engine.is_alive(),
         }
 
+    async def signals(self) -> ReplicaSignals:
+        """What the autopilot needs to know, counted now."""
+        memory = await asyncio.to_thread(self._engine.memory)
+        return _signals(memory, self._name, accepting=self._engine.is_alive(), unix_time=self._unix_time())
+
+    async def set_budget(self, order: BudgetOrder) -> BudgetReply:
+        """Obey an autopilot's order, or say whose word counts instead. A ceiling below the engine's floor is refused."""
+        reply = self._lease.take(order)
+        if reply.obeyed:
+            try:
+                await asyncio.to_thread(self._engine.set_budget, reply.ceiling_tokens)
+            except ConfigError as error:
+                _log.warning("an order of autopilot %s was refused: %s", order.autopilot, error.message)
+                return replace(reply, obeyed=False)
+        return reply
+
     def check_health(self) -> None:
         """Raise EngineUnavailable where the engine cannot answer any more: Serve then replaces this replica."""
         if not self._engine.is_alive():
@@ -203,7 +241,12 @@ class Replica:
         """End every turn with its terminal event and stop the engine."""
         self._engine.stop()
 
+    def _count_outcome(self, call: TurnCall, *, is_held: bool) -> None:
+        continues = bool(known_part(call.request.messages or ()))
+        self._metrics.inc(AFFINITY_TURNS, outcome="hit" if is_held else "miss" if continues else "first")
+
     def _refusal(self, error: LoopServeError) -> Refusal:
+        self._metrics.inc(REJECTIONS, reason=error.code)
         return Refusal(error_answer(error), self._name, elsewhere=not self._engine.is_alive())
 
     def _learn(self, call: TurnCall, key: ConversationKey, writer: AnswerWriter) -> None:
@@ -240,6 +283,7 @@ def _chat_request(call: TurnCall, session_name: str) -> ChatRequest:
         stop=request.stop,
         num_branches=request.num_branches,
         cache_salt=call.tenant,
+        trace_parent=call.trace_parent,
     )
 
 
@@ -266,4 +310,24 @@ def _view(name: str, info: SessionInfo, replica: str) -> SessionView:
         num_turns=info.num_turns,
         is_active=info.is_active,
         idle_s=round(info.idle_s, 3),
+    )
+
+
+def _signals(memory: MemoryStats, replica: str, *, accepting: bool, unix_time: float) -> ReplicaSignals:
+    blocks, block_bytes = memory.blocks, memory.block_bytes
+    return ReplicaSignals(
+        replica=replica,
+        unix_time=unix_time,
+        accepting=accepting,
+        capacity_bytes=memory.capacity_bytes,
+        active_bytes=blocks.active * block_bytes,
+        warm_bytes=blocks.warm * block_bytes,
+        shared_bytes=blocks.shared * block_bytes,
+        demand=tuple((point.budget_tokens, point.active_bytes, point.warm_bytes) for point in memory.demand),
+        num_running=memory.num_running_turns,
+        num_waiting=memory.num_waiting_turns,
+        max_running=memory.max_running_turns,
+        budget_ceiling_tokens=memory.budget_ceiling_tokens,
+        budget_max_tokens=memory.budget_max_tokens,
+        budget_floor_tokens=memory.budget_floor_tokens,
     )

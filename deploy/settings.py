@@ -12,6 +12,7 @@ from deploy.autopilot.settings import AutopilotSettings
 from loopserve.environment import read_environment, read_setting, record_from
 from loopserve.errors import ConfigError
 from monitoring.settings import MetricsSettings
+from monitoring.tracing import TracingSettings
 
 ENV_PREFIX = "LOOPSERVE_"
 ENGINE_PREFIX = "LOOPSERVE_ENGINE_"  # belongs to EngineConfig
@@ -51,6 +52,7 @@ class DeploySettings:
     conversations_max: int = 16_384  # header-less conversations that one replica recognises
     autopilot: AutopilotSettings = field(default_factory=AutopilotSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     spill_turns: int = 4  # see router.affinity.AffinitySettings
     move_cost_factor: float = 1.5
 

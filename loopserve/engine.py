@@ -204,12 +204,7 @@ class Engine:
     def memory(self) -> MemoryStats:
         """The pool, and what the present conversations want of it, counted now. Thread-safe; linear in blocks and sessions."""
         with self._work:
-            return memory_stats(
-                self._config.decode,
-                self._scheduler,
-                self._sessions,
-                block_bytes=self._block_bytes,
-            )
+            return memory_stats(self._config, self._scheduler, self._sessions, block_bytes=self._block_bytes)
 
     def check(self) -> None:
         """Assert that no block is lost, shared wrongly or counted twice."""

@@ -6,7 +6,7 @@ each budget. Whether the rest of a conversation lies in the pool too is another 
 
 from collections.abc import Iterable
 
-from loopserve.config import BLOCK_TOKENS, DecodeSparsity
+from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig
 from loopserve.quality import num_kept_tokens
 from loopserve.scheduler import Scheduler
 from loopserve.sessions import Session, SessionTable
@@ -14,20 +14,24 @@ from loopserve.stats import BudgetDemand, MemoryStats
 
 
 def memory_stats(
-    config: DecodeSparsity, scheduler: Scheduler, sessions: SessionTable, *, block_bytes: int
+    config: EngineConfig, scheduler: Scheduler, sessions: SessionTable, *, block_bytes: int
 ) -> MemoryStats:
     """Count it. Linear in turns, sessions and held blocks."""
+    decode = config.decode
     active = [turn.prompt_len + turn.num_outputs for turn in scheduler.turns()]
     warm = [length for length in map(_warm_len, sessions) if length]
     num_active_sessions = len({turn.request.session_id for turn in scheduler.turns()})
-    rungs: tuple[int | None, ...] = (*config.budget_rungs, None)
+    rungs: tuple[int | None, ...] = (*decode.budget_rungs, None)
 
     def needed_bytes(lengths: Iterable[int], budget_tokens: int | None) -> int:
         return (
-            sum(_working_set_tokens(length, budget_tokens, config) for length in lengths) * block_bytes // BLOCK_TOKENS
+            sum(_working_set_tokens(length, budget_tokens, decode) for length in lengths) * block_bytes // BLOCK_TOKENS
         )
 
     return MemoryStats(
+        num_running_turns=scheduler.num_running,
+        num_waiting_turns=scheduler.num_waiting,
+        max_running_turns=config.max_running_turns,
         block_bytes=block_bytes,
         blocks=sessions.occupancy(),
         num_active_sessions=num_active_sessions,
@@ -37,8 +41,8 @@ def memory_stats(
         demand=tuple(BudgetDemand(rung, needed_bytes(active, rung), needed_bytes(warm, rung)) for rung in rungs),
         budget_tokens=scheduler.default_budget_tokens,
         budget_ceiling_tokens=scheduler.budget_ceiling_tokens,
-        budget_max_tokens=config.budget_tokens,
-        budget_floor_tokens=config.budget_floor_tokens,
+        budget_max_tokens=decode.budget_tokens,
+        budget_floor_tokens=decode.budget_floor_tokens,
     )
 
 

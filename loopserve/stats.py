@@ -38,12 +38,15 @@ class BudgetDemand:
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """The device pool and what the present conversations want of it, counted at one moment between two steps.
+    """The queues, the device pool, and what the present conversations want of it, counted at one moment.
 
     `demand` is a curve over the rungs of `DecodeSparsity.budget_rungs`, smallest first, `None` last. A shared prefix counts in every
     session that has it: each chooses its own tokens of it.
     """
 
+    num_running_turns: int
+    num_waiting_turns: int
+    max_running_turns: int
     block_bytes: int
     blocks: Occupancy
     num_active_sessions: int

@@ -138,8 +138,11 @@ DECODE_TIME = _histogram(
 
 # Turns and tokens.
 TURNS = _counter("loopserve_turns_total", "Ended turns by reason.", "TurnStats.reason", "reason")
-TURNS_RUNNING = _gauge("loopserve_turns_running", "Turns in the batch.", "StepStats.num_running")
-TURNS_WAITING = _gauge("loopserve_turns_waiting", "Turns that wait for a place in the batch.", "StepStats.num_waiting")
+TURNS_RUNNING = _gauge("loopserve_turns_running", "Turns in the batch.", "MemoryStats.num_running_turns")
+TURNS_WAITING = _gauge(
+    "loopserve_turns_waiting", "Turns that wait for a place in the batch.", "MemoryStats.num_waiting_turns"
+)
+TURNS_MAX = _gauge("loopserve_turns_max", "Places in the batch.", "EngineConfig.max_running_turns")
 SESSION_TURNS = _histogram(
     "loopserve_session_turns", "How many turns the session of an ended turn has had.", "TurnStats.turn_number", _TURNS
 )
@@ -284,7 +287,10 @@ REQUESTS = _counter(
     origin=Origin.INGRESS,
 )
 REQUESTS_IN_FLIGHT = _gauge(
-    "loopserve_requests_in_flight", "Requests that are being answered.", "deploy.ingress", origin=Origin.INGRESS
+    "loopserve_requests_in_flight",
+    "Completion requests that are being answered.",
+    "deploy.ingress",
+    origin=Origin.INGRESS,
 )
 REQUEST_TTFB = _histogram(
     "loopserve_request_first_byte_seconds",

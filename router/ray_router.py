@@ -9,8 +9,9 @@ that it was taken nor that it ended. It then counts as taken until the replica h
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -35,6 +36,9 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
     # middle of a CPU prefill would lose a conversation that lives there.
     queue_len_response_deadline_s = 1.0
 
+    # Told every decision's reason and how long it took. Serve constructs routers, so the process that holds one can only leave it here.
+    listener: ClassVar[Callable[[str, float], None] | None] = None
+
     def initialize_state(self, **settings: Any) -> None:
         """Called once by Serve, with `request_router_kwargs`."""
         self._affinity = Affinity(AffinitySettings(**settings), clock=time.monotonic)
@@ -55,11 +59,14 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         """One replica a rank: inside a rank Serve would pick by queue length, and the order is the decision."""
         if pending_request is None:
             return [candidate_replicas]
+        began_s = time.perf_counter()
         pending_request.routing_context.should_backoff = True  # otherwise an unroutable request spins the event loop
         by_name = {_name(replica): replica for replica in candidate_replicas}
         views = [self._view(name, replica) for name, replica in by_name.items()]
         key = _key(pending_request)
         ranking = self._affinity.rank(key, views)
+        if AffinityRouter.listener is not None:
+            AffinityRouter.listener(ranking.reason.value, time.perf_counter() - began_s)
         if ranking.replicas and pending_request.args[:1] == [CHOICE_ONLY]:
             self._chosen(key, by_name[ranking.replicas[0]])
         return [[by_name[name]] for name in ranking.replicas]

@@ -22,9 +22,9 @@ from deploy.replica import Backend
 from loopserve.chat import AnswerDelta, AnswerEnded, AnswerStarted, ChatEvent, ChatRequest, TokenText
 from loopserve.config import EngineConfig
 from loopserve.dialogue import FinishReason, Mode, QualityReport, SessionId, TurnUsage
-from loopserve.errors import EngineUnavailable, NotFound, Overloaded
+from loopserve.errors import ConfigError, EngineUnavailable, NotFound, Overloaded
 from loopserve.sessions import SessionInfo
-from loopserve.stats import StatsSink
+from loopserve.stats import BudgetDemand, MemoryStats, Occupancy, StatsSink
 
 MODEL = "fake-model"
 
@@ -36,6 +36,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.is_running = False
         self.kept: dict[SessionId, SessionInfo] = {}
+        self.ceiling_tokens: int | None = None
 
     def start(self) -> None:
         self.is_running = True
@@ -57,6 +58,30 @@ class FakeEngine:
     def release(self, session_id: SessionId) -> None:
         self.session(session_id)
         del self.kept[session_id]
+
+    def memory(self) -> MemoryStats:
+        """Ten blocks of 1,600 bytes: one of an active conversation, two warm ones, one shared."""
+        return MemoryStats(
+            num_running_turns=1,
+            num_waiting_turns=0,
+            max_running_turns=4,
+            block_bytes=1600,
+            blocks=Occupancy(total=10, active=1, warm=2, shared=1, cached=2, free=4),
+            num_active_sessions=1,
+            num_warm_sessions=1,
+            active_tokens=30,
+            warm_tokens=40,
+            demand=(BudgetDemand(8, 1000, 1200), BudgetDemand(16, 1800, 2000), BudgetDemand(None, 3000, 4000)),
+            budget_tokens=min(16, self.ceiling_tokens or 16),
+            budget_ceiling_tokens=self.ceiling_tokens,
+            budget_max_tokens=16,
+            budget_floor_tokens=8,
+        )
+
+    def set_budget(self, tokens: int | None) -> None:
+        if tokens is not None and tokens < 8:
+            raise ConfigError("below the floor of 8")
+        self.ceiling_tokens = tokens
 
 
 class FakeChat:

@@ -14,6 +14,7 @@ from deploy.fleet import Replies
 from deploy.ingress import build_api
 from deploy.load import LoadMeter
 from deploy.replica import Backend, Replica
+from deploy.replica_metrics import ReplicaMetrics
 from deploy.settings import DeploySettings
 from router.affinity import Affinity, AffinityKey, AffinitySettings, ReplicaName, ReplicaView, load_from_stats
 
@@ -25,9 +26,14 @@ class LocalFleet:
         self.settings = settings or DeploySettings()
         self.engines = {name: FakeEngine() for name in names}
         self.chats = {name: FakeChat(engine) for name, engine in self.engines.items()}
+        self.measured = {name: ReplicaMetrics(self.settings.metrics, name=name) for name in names}
         self.replicas = {
             name: Replica(
-                Backend(engine, self.chats[name]), self.settings, name=name, load=LoadMeter(max_running_turns=32)
+                Backend(engine, self.chats[name]),
+                self.settings,
+                name=name,
+                load=LoadMeter([self.measured[name].recorder], max_running_turns=32),
+                metrics=self.measured[name].sink,
             )
             for name, engine in self.engines.items()
         }
@@ -58,6 +64,9 @@ class LocalFleet:
         found = {}
         for name, replica in self.replicas.items():
             if name not in self.silent:
+                if question == "metrics":
+                    found[name] = self.measured[name].families(self.engines[name])
+                    continue
                 answer = getattr(replica, question)(*args)
                 found[name] = await answer if asyncio.iscoroutine(answer) else answer
         return Replies(found, tuple(sorted(self.silent)))

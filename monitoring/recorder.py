@@ -1,0 +1,94 @@
+"""From the engine's records to numbers of the catalogue. A stats sink: called on the engine thread, cheap, never raises.
+
+What changes with each step or turn is counted as it happens; what is a state (memory, sessions) is set when somebody looks.
+"""
+
+from loopserve.config import BLOCK_TOKENS
+from loopserve.dialogue import FinishReason, QualityReport
+from loopserve.stats import MemoryStats, StepStats, TurnStats
+from monitoring import catalogue as c
+from monitoring.sinks import MetricSink
+
+
+class Recorder:
+    """Counts steps and turns of one engine into a sink."""
+
+    def __init__(self, sink: MetricSink) -> None:
+        self._sink = sink
+        # A counter that begins to exist at its first event hides that event from `rate`: those with known labels exist from the start.
+        for reason in FinishReason:
+            sink.inc(c.TURNS, 0.0, reason=reason.value)
+        for phase in ("prefill", "decode"):
+            sink.inc(c.STEP_TOKENS, 0.0, phase=phase)
+        sink.inc(c.REUSED_TOKENS, 0.0, source="device")
+        for outcome in ("first", "hit", "miss"):
+            sink.inc(c.AFFINITY_TURNS, 0.0, outcome=outcome)
+
+    def on_step(self, stats: StepStats) -> None:
+        """A step was computed."""
+        sink = self._sink
+        sink.observe(c.STEP_TIME, stats.duration_s)
+        sink.inc(c.STEP_TOKENS, stats.num_prefill_tokens, phase="prefill")
+        sink.inc(c.STEP_TOKENS, stats.num_decode_tokens, phase="decode")
+        sink.inc(c.PREEMPTIONS, stats.num_preempted)
+        for gap in stats.token_gaps:
+            sink.observe(c.INTER_TOKEN, gap.gap_s, turn=c.turn_bucket(gap.turn_number))
+
+    def on_turn(self, stats: TurnStats) -> None:
+        """A turn ended."""
+        sink, usage = self._sink, stats.usage
+        sink.inc(c.TURNS, reason=stats.reason.value)
+        if stats.queue_s is None:
+            return  # never admitted: nothing was computed, and its turn number is unknown
+        turn = c.turn_bucket(stats.turn_number)
+        sink.observe(c.QUEUE_TIME, stats.queue_s, turn=turn)
+        sink.observe(c.TURN_DURATION, stats.total_s, turn=turn)
+        if stats.first_token_s is not None:
+            sink.observe(c.TTFT, stats.first_token_s, turn=turn)
+            sink.observe(c.PREFILL_TIME, stats.first_token_s - stats.queue_s, turn=turn)
+            sink.observe(c.DECODE_TIME, stats.total_s - stats.first_token_s, turn=turn)
+        sink.observe(c.SESSION_TURNS, stats.turn_number)
+        sink.inc(c.PROMPT_TOKENS, usage.prompt_tokens)
+        sink.inc(c.REUSED_TOKENS, usage.cached_tokens, source="device")
+        sink.inc(c.GENERATED_TOKENS, usage.completion_tokens)
+        self._record_quality(usage.quality)
+
+    def _record_quality(self, quality: QualityReport) -> None:
+        sink = self._sink
+        if quality.coverage_mean is not None:
+            sink.observe(c.COVERAGE, quality.coverage_mean)
+        if quality.coverage_worst_head is not None:
+            sink.observe(c.COVERAGE_WORST, quality.coverage_worst_head)
+        if quality.context_tokens:
+            sink.observe(c.KEPT_SHARE, quality.kept_tokens / quality.context_tokens)
+        sink.inc(c.REFRESHES, quality.refreshes)
+        sink.inc(c.DENSE_FALLBACKS, quality.dense_fallbacks)
+        sink.inc(c.RECTIFIED_TOKENS, quality.rectified_tokens)
+
+
+def record_memory(sink: MetricSink, memory: MemoryStats) -> None:
+    """Set the gauges of the queues, the pool, the demand curve and the budget."""
+    blocks, block_bytes = memory.blocks, memory.block_bytes
+    sink.set(c.TURNS_RUNNING, memory.num_running_turns)
+    sink.set(c.TURNS_WAITING, memory.num_waiting_turns)
+    sink.set(c.TURNS_MAX, memory.max_running_turns)
+    sink.set(c.KV_CAPACITY, memory.capacity_bytes)
+    for kind in ("active", "warm", "shared", "cached", "free"):
+        sink.set(c.KV_BYTES, getattr(blocks, kind) * block_bytes, kind=kind)
+    for point in memory.demand:
+        budget = "full" if point.budget_tokens is None else str(point.budget_tokens)
+        sink.set(c.KV_DEMAND, point.active_bytes, state="active", budget_tokens=budget)
+        sink.set(c.KV_DEMAND, point.warm_bytes, state="warm", budget_tokens=budget)
+    now, dense = memory.demand_at(memory.budget_tokens), memory.demand_at(None)
+    sink.set(c.KV_WORKING_SET, now.active_bytes, state="active")
+    sink.set(c.KV_WORKING_SET, now.warm_bytes, state="warm")
+    sink.set(c.COMPRESSION, now.active_bytes / dense.active_bytes if dense.active_bytes else 1.0)
+    sink.set(c.LOGICAL_TOKENS, memory.active_tokens, state="active")
+    sink.set(c.LOGICAL_TOKENS, memory.warm_tokens, state="warm")
+    sink.set(c.PHYSICAL_TOKENS, (blocks.active + blocks.warm + blocks.shared) * BLOCK_TOKENS)
+    sink.set(c.SESSIONS, memory.num_active_sessions, state="active")
+    sink.set(c.SESSIONS, memory.num_warm_sessions, state="warm")
+    sink.set(c.BUDGET_IN_FORCE, memory.budget_tokens)
+    sink.set(c.BUDGET_CEILING, memory.budget_ceiling_tokens or memory.budget_max_tokens)
+    sink.set(c.BUDGET_MAX, memory.budget_max_tokens)
+    sink.set(c.BUDGET_FLOOR, memory.budget_floor_tokens)
