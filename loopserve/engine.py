@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, Ove
 from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel, load_model
 from loopserve.memory import memory_stats
+from loopserve.plan import BlockId
 from loopserve.quality import TurnPolicy
 from loopserve.runner import ModelRunner, Runner, bytes_a_block, num_pool_blocks
 from loopserve.scheduler import Scheduler
@@ -38,6 +40,14 @@ _log = logging.getLogger(__name__)
 _STOP_WAIT_S = 30.0  # for the step in flight when the engine is stopped
 _IDLE_WAIT_S = 1.0  # an idle engine looks for expired turns this often
 _BRANCH_SEED_STRIDE = 0x9E3779B9  # keeps the branches of one seed apart from those of its neighbours
+
+
+@dataclass(frozen=True, slots=True)
+class _Erasure:
+    """Blocks to be zeroed, and who waits for it."""
+
+    blocks: tuple[BlockId, ...]
+    waiting: tuple[Future[None], ...]
 
 
 class Engine:
@@ -177,7 +187,10 @@ class Engine:
             return self._sessions.info(self._sessions.get(session_id))
 
     def release(self, session_id: SessionId) -> None:
-        """Cancel the session's turns and forget it and its KV. Thread-safe; waits for the step in flight.
+        """Cancel the session's turns, forget it and erase its KV on the device. Thread-safe; waits for the step in flight.
+
+        Blocks that another session holds, of the same tenant then, stay. All others are zero when this returns, as is whatever else lay
+        unerased in free blocks.
 
         Raises NotFound, or EngineUnavailable when no step will carry it out. Not to be called by a listener.
         """
@@ -188,8 +201,8 @@ class Engine:
                 self._sessions.get(session_id)  # the first turn of a session may still wait for its place
             self._releases.append((session_id, done))
             self._work.notify_all()
-            if self._thread is None:
-                self._carry_out_requests()
+            erasure = self._carry_out_requests() if self._thread is None else None
+        self._erase(erasure)
         self._deliver()
         try:
             done.result(timeout=self._config.max_step_s)
@@ -217,8 +230,9 @@ class Engine:
     def step(self) -> bool:
         """Plan, run and apply one step. False when there was nothing to compute."""
         with self._work:
-            self._carry_out_requests()
+            erasure = self._carry_out_requests()
             plan = self._scheduler.plan()
+        self._erase(erasure)  # before the step: the plan may write into the same blocks
         self._deliver()
         if plan is None:
             return False
@@ -283,8 +297,8 @@ class Engine:
                 f"Session {session_id!r} belongs to another cache salt; use another session id.", param="session_id"
             )
 
-    def _carry_out_requests(self) -> None:
-        """End what was cancelled, forget what was released. Between steps only; the lock is held."""
+    def _carry_out_requests(self) -> _Erasure | None:
+        """End what was cancelled, forget what was released; what is to be erased for that. Between steps only; the lock is held."""
         by_id = {turn.turn_id: turn for turn in self._scheduler.turns()} if self._cancels or self._releases else {}
         released = {session_id for session_id, _ in self._releases}
         for turn in by_id.values():
@@ -293,13 +307,29 @@ class Engine:
             elif turn.request.session_id in released:
                 self._scheduler.end(turn, FinishReason.CANCELLED)
         self._cancels.clear()
-        for session_id, done in self._releases:
+        for session_id in released:
             if self._sessions.find(session_id) is not None:
                 self._sessions.release(session_id)
-            done.set_result(None)
+        if not released:
+            return None
+        erasure = _Erasure(self._cache.take_stale(), tuple(done for _, done in self._releases))
         self._releases.clear()
-        if released:
-            self._scheduler.room_was_made()
+        self._scheduler.room_was_made()
+        return erasure
+
+    def _erase(self, erasure: _Erasure | None) -> None:
+        """Erase on the device and tell who waits for it. Between steps only; the lock is not held."""
+        if erasure is None:
+            return
+        try:
+            if erasure.blocks:
+                self._runner.erase(erasure.blocks)
+        except Exception as error:
+            for done in erasure.waiting:
+                done.set_exception(EngineUnavailable(f"The engine failed while it erased a session: {error}."))
+            raise
+        for done in erasure.waiting:
+            done.set_result(None)
 
     def _deliver(self) -> None:
         """Hand events to their listeners, one call a listener, and finished turns to the stats. The lock is not held."""

@@ -26,7 +26,7 @@ from loopserve.dialogue import TurnId
 from loopserve.errors import ConfigError
 from loopserve.kv.store import KVStore, block_bytes
 from loopserve.loading import LoadedModel
-from loopserve.plan import NULL_BLOCK, SampledToken, Segment, StepPlan, StepResult
+from loopserve.plan import NULL_BLOCK, BlockId, SampledToken, Segment, StepPlan, StepResult
 from loopserve.sampler import sample
 from loopserve.sparsity import DECODE_METHODS, PREFILL_METHODS
 from loopserve.sparsity.decode import TurnSelection
@@ -41,6 +41,9 @@ class Runner(Protocol):
 
     def run(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
+
+    def erase(self, blocks: Sequence[BlockId]) -> None:
+        """Zero blocks that nobody holds. Between steps only."""
 
 
 @dataclass(slots=True)
@@ -112,6 +115,11 @@ class ModelRunner:
         tokens = _draw(output.logits[0], layout.segments)
         quality = tuple(account.summed(turn_id) for turn_id, account in layout.measured.items())
         return StepResult(tokens=tokens, quality=quality)
+
+    @torch.inference_mode()
+    def erase(self, blocks: Sequence[BlockId]) -> None:
+        """Zero blocks that nobody holds. Between steps only. Mutates the KV pool."""
+        self._store.erase_blocks(blocks)
 
     def _layout(self, segments: Sequence[Segment]) -> _Layout:
         """Order the segments as an AttentionPlan wants its rows, and write that plan."""

@@ -141,6 +141,7 @@ class SessionTable:
                 self._cache.free(continued.table)
                 continued.table = table
             branch = continued or self._new_branch(session, table)
+        self._forget_tail(session, branch, prompt_ids)
         branch.busy = turn_id
         branch.token_ids = list(prompt_ids)
         branch.sparse_from = None
@@ -159,7 +160,7 @@ class SessionTable:
         branch.busy = None
         session.last_used_s = branch.last_used_s = self._clock()
         if branch.table.num_tokens == 0 and branch in session.branches and len(session.branches) > 1:
-            session.branches.remove(branch)
+            self._drop(session, branch)
 
     def evict_one(self) -> bool:
         """Give up the warm blocks of the branch that has been idle longest. False when no idle branch holds any."""
@@ -170,7 +171,10 @@ class SessionTable:
         return True
 
     def release(self, session_id: SessionId) -> None:
-        """Forget a session and its KV. Raises NotFound. No turn of it may be in the batch."""
+        """Forget a session and its KV; the prefix index keeps what other sessions hold, nothing else. Raises NotFound.
+
+        No turn of it may be in the batch.
+        """
         session = self.get(session_id)
         assert not session.is_active, "turns must end before their session is released"
         self._forget(session)
@@ -257,8 +261,7 @@ class SessionTable:
         idle = [b for b in session.branches if b.busy is None and b is not keep]
         surplus = len(session.branches) - self._max_branches
         for branch in sorted(idle, key=lambda b: b.last_used_s)[: max(0, surplus)]:
-            self._cache.free(branch.table)
-            session.branches.remove(branch)
+            self._drop(session, branch)
 
     def _drop_oldest_idle(self) -> None:
         if len(self._sessions) < self._max_sessions:
@@ -269,10 +272,28 @@ class SessionTable:
                 self._forget(session)
                 return
 
+    # Who forgets a history also takes what only that history could name out of the prefix index, so that a session's release finds
+    # all there is of it.
+
     def _forget(self, session: Session) -> None:
         for branch in session.branches:
             self._cache.free(branch.table)
+        for branch in session.branches:
+            self._cache.forget(branch.token_ids, session.salt)
         del self._sessions[session.session_id]
+
+    def _drop(self, session: Session, branch: Branch) -> None:
+        """Forget one branch. What its history shares with the other branches' stays."""
+        self._cache.free(branch.table)
+        session.branches.remove(branch)
+        shared = max((common_prefix_len(branch.token_ids, b.token_ids) for b in session.branches), default=0)
+        self._cache.forget(branch.token_ids, session.salt, from_tokens=shared)
+
+    def _forget_tail(self, session: Session, branch: Branch, prompt_ids: Sequence[TokenId]) -> None:
+        """Forget what the branch's history loses when `prompt_ids` take its place."""
+        kept = common_prefix_len(branch.token_ids, prompt_ids)
+        if len(branch.token_ids) // BLOCK_TOKENS > kept // BLOCK_TOKENS:  # a full block holds some of it
+            self._cache.forget(branch.token_ids, session.salt, from_tokens=kept)
 
 
 def common_prefix_len(left: Sequence[TokenId], right: Sequence[TokenId]) -> int:

@@ -8,6 +8,9 @@ A `BlockTable` is the KV of one token sequence:
 A full block that lies wholly in the exact part enters the prefix index under a hash of everything before and in it, and may
 be shared by any sequence with the same salt. Approximate and partly filled blocks never enter the index. Full blocks are never
 written again; a partly filled block has one holder, so cutting or forking inside a block copies it (copy-on-write).
+
+A block that nobody holds is kept for its prefix, or free. A free block is *stale* while the bytes of its last holder lie in it: nobody
+reads them, and an erasure takes them away.
 """
 
 import hashlib
@@ -54,6 +57,7 @@ class KVCache:
         self._hash_of: dict[BlockId, BlockHash] = {}
         self._provenance: dict[BlockId, Provenance] = {}
         self._copies: list[BlockCopy] = []
+        self._stale: set[BlockId] = set()  # free blocks that were written and not erased since
 
     @property
     def pool(self) -> BlockPool:
@@ -136,7 +140,7 @@ class KVCache:
         if missing > self._pool.num_free:
             return False
         for _ in range(missing):
-            block = self._pool.allocate(table.blocks[-1] if table.blocks else None)
+            block = self._allocate(table.blocks[-1] if table.blocks else None)
             assert block is not None, "num_free promised a block"
             table.blocks.append(block)
         return True
@@ -159,6 +163,22 @@ class KVCache:
         table.num_tokens = table.exact_tokens = 0
         table.epoch += 1
 
+    def forget(self, token_ids: Sequence[TokenId], salt: str, *, from_tokens: int = 0) -> None:
+        """Take out of the prefix index what it keeps of a sequence beyond its first `from_tokens` and what nobody holds."""
+        parent = self.open(salt).seed
+        for end in range(BLOCK_TOKENS, len(token_ids) + 1, BLOCK_TOKENS):
+            parent = _hash(parent, _token_bytes(token_ids[end - BLOCK_TOKENS : end]))
+            block = self._by_hash.get(parent)
+            if end > from_tokens and block is not None and self._pool.count(block) == 0:
+                self._pool.forget(block)
+                self._stale.add(block)
+
+    def take_stale(self) -> tuple[BlockId, ...]:
+        """Every free block that still holds somebody's bytes; the caller erases them before the next forward."""
+        unread = self._stale.difference(copy.source for copy in self._copies)
+        self._stale -= unread
+        return tuple(sorted(unread))
+
     def take_copies(self) -> tuple[BlockCopy, ...]:
         """The copy orders since the last call; they must be carried out, in order, before the next forward."""
         copies = tuple(self._copies)
@@ -170,6 +190,7 @@ class KVCache:
         self._pool.check()
         assert len(self._by_hash) == len(self._hash_of), "a block is indexed twice"
         assert all(self._provenance[b] is Provenance.EXACT for b in self._hash_of), "an approximate block is indexed"
+        assert all(self._pool.count(b) == 0 and b not in self._hash_of for b in self._stale), "a stale block is in use"
 
     def _file(self, table: BlockTable, token_ids: Sequence[TokenId], index: int) -> None:
         block = table.blocks[index]
@@ -188,15 +209,22 @@ class KVCache:
             self._pool.mark(block)
 
     def _copy_of(self, source: BlockId) -> BlockId | None:
-        target = self._pool.allocate()
+        target = self._allocate(None)
         if target is not None:
             self._copies.append(BlockCopy(source=source, target=target))
         return target
+
+    def _allocate(self, after: BlockId | None) -> BlockId | None:
+        block = self._pool.allocate(after)
+        if block is not None:
+            self._stale.discard(block)
+        return block
 
     def _release(self, blocks: Sequence[BlockId]) -> None:
         for block in reversed(blocks):  # the end of a chain is useless without its start: let it be reclaimed first
             if self._pool.count(block) == 1 and block not in self._hash_of:
                 self._provenance.pop(block, None)
+                self._stale.add(block)
             self._pool.release(block)
 
     def _forget(self, block: BlockId) -> None:

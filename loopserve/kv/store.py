@@ -1,4 +1,4 @@
-"""The bytes of the KV pool on one device. Carries out copy orders; decides nothing.
+"""The bytes of the KV pool on one device. Carries out copy orders and erasures; decides nothing.
 
 Layout: one key and one value tensor a layer, `[S, Hkv, D]`, S = num_blocks * 16 slots; slot = block * 16 + offset. Tokens of a
 block lie side by side with all their heads, so a gather of whole tokens moves Hkv * D contiguous elements.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from loopserve.config import BLOCK_TOKENS
-from loopserve.plan import BlockCopy
+from loopserve.plan import BlockCopy, BlockId
 
 
 class KVStore:
@@ -44,6 +44,16 @@ class KVStore:
             source, target = _slots_of(copy.source), _slots_of(copy.target)
             for pool in (*self.keys, *self.values):
                 pool[target] = pool[source]
+
+    def erase_blocks(self, blocks: Sequence[BlockId]) -> None:
+        """Zero whole blocks in every layer; they are zero when this returns."""
+        device = self.keys[0].device
+        starts = torch.tensor(blocks, dtype=torch.long, device=device).unsqueeze(1) * BLOCK_TOKENS
+        slots = (starts + torch.arange(BLOCK_TOKENS, device=device)).flatten()  # [blocks * 16]
+        for pool in (*self.keys, *self.values):
+            pool.index_fill_(0, slots, 0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # kernels are only queued so far, and somebody is told that it is done
 
 
 def block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -113,6 +113,14 @@ class FakeDevice:
                 quality.append(self._measured(segment, last.digest))
         return StepResult(tokens=tuple(tokens), quality=tuple(quality))
 
+    def erase(self, blocks: Sequence[int]) -> None:
+        """Forget what lies in blocks that nobody holds."""
+        for block in blocks:
+            assert block != NULL_BLOCK
+            assert block not in self.cache._hash_of, f"indexed block {block} is erased"
+            for offset in range(BLOCK_TOKENS):
+                self.slots.pop(block * BLOCK_TOKENS + offset, None)
+
     def content(self, blocks: Sequence[int], num_tokens: int) -> list[Slot | None]:
         """What lies in the first `num_tokens` places of a block table."""
         return [self.slots.get(_slot(blocks, position)) for position in range(num_tokens)]

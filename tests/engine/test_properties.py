@@ -20,7 +20,7 @@ from loopserve.dialogue import (
     TurnRequest,
 )
 from loopserve.errors import ContextLengthExceeded, InvalidRequest, NotFound, Overloaded
-from loopserve.kv.cache import Provenance
+from loopserve.kv.cache import Provenance, _hash, _token_bytes
 from loopserve.turn import Turn
 
 SESSIONS = [SessionId(name) for name in ("a", "b", "c", "d", "e", "f", "g")]
@@ -139,6 +139,9 @@ class Dialogues(RuleBasedStateMachine):
             return
         assert all(a.turn.turn_id in self.inbox.ended for a in turns)
         assert session not in [info.session_id for info in self.engine.sessions()]
+        cache = self.engine._cache
+        in_use = {block for block in range(cache.pool.num_blocks) if cache.pool.count(block)} | set(cache._hash_of)
+        assert {slot // BLOCK_TOKENS for slot in self.device.slots} <= in_use, "somebody's KV is left in a free block"
 
     # What time and operators do.
 
@@ -193,6 +196,7 @@ class Dialogues(RuleBasedStateMachine):
         live = {turn.turn_id for turn in scheduler.turns()}
         assert live == set(self.running()), "a turn is lost, or ended and still in a queue"
         self.check_sharing()
+        self.check_index()
         if not engine._cache._copies:
             self.check_content()
 
@@ -212,6 +216,15 @@ class Dialogues(RuleBasedStateMachine):
                 assert len({session.session_id for session, _ in held_by}) == 1, "an inexact block crosses sessions"
             if len(held_by) > 1:
                 assert all(is_full for _, is_full in held_by), "a partly filled block is shared"
+
+    def check_index(self):
+        """What the index keeps, some session's history can name: else no release would ever find it."""
+        cache = self.engine._cache
+        named = set()
+        for session in self.engine._sessions:
+            for branch in session.branches:
+                named |= chain_of(branch.token_ids, cache.open(session.salt).seed)
+        assert cache._by_hash.keys() <= named, "the index keeps what nobody can name any more"
 
     def check_content(self):
         for session in self.engine._sessions:
@@ -282,6 +295,15 @@ class Dialogues(RuleBasedStateMachine):
     def salts_of(self, session) -> set[str]:
         live = {t.request.cache_salt for t in self.engine._scheduler.turns() if t.request.session_id == session}
         return live | {s.salt for s in self.engine._sessions if s.session_id == session}
+
+
+def chain_of(token_ids, seed) -> set[bytes]:
+    """The hashes of all full blocks of a sequence."""
+    hashes, parent = set(), seed
+    for end in range(BLOCK_TOKENS, len(token_ids) + 1, BLOCK_TOKENS):
+        parent = _hash(parent, _token_bytes(token_ids[end - BLOCK_TOKENS : end]))
+        hashes.add(parent)
+    return hashes
 
 
 NORMAL = settings(max_examples=100, stateful_step_count=30, suppress_health_check=list(HealthCheck))
