@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -55,20 +56,23 @@ async def run_load(
     recorded as cut. `on_turn` comes with every turn as it ends, warm-up included. Failures of turns are records; raises
     EngineUnavailable only where no model is named and the server lists none.
     """
-    async with endpoint.client(num_connections=workload.concurrency, transport=transport) as http:
-        model = endpoint.model or await served_model(http, endpoint.url)
-        run = _Run(workload, replace(endpoint, model=model), http, on_turn, stop or asyncio.Event(), clock, clock())
-        if workload.num_warmup:
-            await _Part(run, first=0, end=workload.num_warmup, warm_up=True).hold()
-        cpu_s, run.began_at = time.process_time(), clock()
-        if not run.stop.is_set():
-            num = workload.num_measured
-            end = None if num is None else workload.num_warmup + num
-            await _Part(run, first=workload.num_warmup, end=end, warm_up=False).hold()
-        result = run.result
-        result.model, result.wall_s, result.generator_cpu_s = model, clock() - run.began_at, time.process_time() - cpu_s
-        result.is_interrupted = run.stop.is_set()
-        return result
+    client = partial(endpoint.client, tls=endpoint.tls(), transport=transport)
+    model = endpoint.model
+    if not model:
+        async with client() as http:
+            model = await served_model(http, endpoint.url)
+    run = _Run(workload, replace(endpoint, model=model), client, on_turn, stop or asyncio.Event(), clock, clock())
+    if workload.num_warmup:
+        await _Part(run, first=0, end=workload.num_warmup, warm_up=True).hold()
+    cpu_s, run.began_at = time.process_time(), clock()
+    if not run.stop.is_set():
+        num = workload.num_measured
+        end = None if num is None else workload.num_warmup + num
+        await _Part(run, first=workload.num_warmup, end=end, warm_up=False).hold()
+    result = run.result
+    result.model, result.wall_s, result.generator_cpu_s = model, clock() - run.began_at, time.process_time() - cpu_s
+    result.is_interrupted = run.stop.is_set()
+    return result
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ class _Run:
 
     workload: Workload
     endpoint: Endpoint
-    http: httpx.AsyncClient
+    client: Callable[[], httpx.AsyncClient]
     on_turn: Callable[[TurnRecord], None]
     stop: asyncio.Event
     clock: Callable[[], float]
@@ -120,14 +124,15 @@ class _Part:
         return at_once if self._end is None else min(at_once, self._end - self._next)
 
     async def _work(self) -> None:
-        while not self._closing.is_set() and len(self._run.result.turns) < RUN_TURNS_MAX:
-            index = self._next
-            if index == self._end:
-                return
-            self._next += 1
-            if self._rate_per_s is not None and not await self._arrive(self._rate_per_s):
-                return
-            await self._converse(self._run.workload.source.script(index))
+        async with self._run.client() as http:
+            while not self._closing.is_set() and len(self._run.result.turns) < RUN_TURNS_MAX:
+                index = self._next
+                if index == self._end:
+                    return
+                self._next += 1
+                if self._rate_per_s is not None and not await self._arrive(self._rate_per_s):
+                    return
+                await self._converse(http, self._run.workload.source.script(index))
 
     async def _arrive(self, rate_per_s: float) -> bool:
         """Wait for the next arrival; False where the load closes before it."""
@@ -144,7 +149,7 @@ class _Part:
                 await asyncio.wait_for(self._closing.wait(), wait_s)
         return self._closing.is_set()
 
-    async def _converse(self, script: Script) -> None:
+    async def _converse(self, http: httpx.AsyncClient, script: Script) -> None:
         result = self._run.result
         messages = [{"role": "system", "content": script.system}] if script.system else []
         history_tokens: int | None = None
@@ -155,7 +160,7 @@ class _Part:
             messages.append({"role": "user", "content": turn.user})
             seen = Seen(self._run.clock())
             try:
-                failure = await self._ask(script, turn, messages, seen)
+                failure = await self._ask(http, script, turn, messages, seen)
             except asyncio.CancelledError:
                 cut = Failure(FailureKind.CUT, "the load was over")
                 self._note(script, turn, number, seen, history_tokens, cut)
@@ -169,11 +174,11 @@ class _Part:
         result.num_completed += not self._warm_up
 
     async def _ask(
-        self, script: Script, turn: ScriptTurn, messages: list[dict[str, str]], seen: Seen
+        self, http: httpx.AsyncClient, script: Script, turn: ScriptTurn, messages: list[dict[str, str]], seen: Seen
     ) -> Failure | None:
         run = self._run
         return await ask(
-            run.http,
+            http,
             run.endpoint,
             run.endpoint.request_body(messages, output_tokens_max=turn.output_tokens_max),
             seen,

@@ -168,7 +168,7 @@ def _given(path: Path, made: Synthetic) -> Given:
 
 async def _measure(endpoint: Endpoint, workload: Workload, notes: Console) -> tuple[Endpoint, Workload, LoadResult]:
     """The load, with what had to be asked first filled in: the model, and how many tokens a word is to it."""
-    async with endpoint.client(num_connections=1) as http:
+    async with endpoint.client() as http:
         endpoint = replace(endpoint, model=endpoint.model or await served_model(http, endpoint.url))
         if isinstance(workload.source, Synthetic):
             rng = random.Random(workload.seed)

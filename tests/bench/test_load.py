@@ -219,7 +219,7 @@ def test_it_waits_as_long_as_the_server_says_and_never_longer_than_a_minute(told
     endpoint = Endpoint(URL, num_retries=1)
 
     async def asked() -> None:
-        async with endpoint.client(num_connections=1, transport=transport) as http:
+        async with endpoint.client(transport=transport) as http:
             await ask(http, endpoint, {"messages": []}, Seen(0.0), session="s", gaps=Gaps(), sleep=sleep)
 
     asyncio.run(asked())
