@@ -66,6 +66,8 @@ FOREIGN_HOMES = {
     "starlette": ("deploy/",),
     "uvicorn": ("deploy/",),
     "prometheus_client": ("monitoring/",),
+    "opentelemetry": ("monitoring/tracing.py",),
+    "pynvml": ("monitoring/gpu.py",),
     "typer": ("loopserve/cli/", "loopserve/__main__.py"),
 }
 TORCH_BEARING = frozenset({"torch", "triton", "transformers", "accelerate"})
