@@ -72,6 +72,11 @@ class AnswerWriter:
         """Whether every branch has ended."""
         return all(branch.ended for branch in self._branches)
 
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens of all branches so far."""
+        return sum(b.ended.usage.completion_tokens if b.ended else b.num_tokens for b in self._branches)
+
     def failure(self) -> LoopServeError | None:
         """Why the response cannot be completed: a branch failed, or was cancelled by the server."""
         for branch in self._branches:

@@ -1,7 +1,7 @@
 """What travels between ingress and replica: plain picklable records. Hops 1, 3 and 12 of a turn.
 
     ingress -> replica    TurnCall
-    replica -> ingress    Accepted, bytes*        or        Refusal
+    replica -> ingress    Accepted, bytes*, Spent        or        Refusal
 
 `bytes` are ready for the wire: server-sent events of a stream, or the one JSON body. A `Refusal` may also come after `Accepted`, for a
 request without a stream. Whoever reads them parses nothing, so an answer is formatted once, where its tokens arise.
@@ -42,6 +42,7 @@ class Accepted:
     replica: str
     cached_tokens: int
     received_unix_s: float = 0.0  # when the call had reached the replica
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,14 @@ class Refusal:
     elsewhere: bool  # another replica may well take it
 
 
-Item = Accepted | Refusal | bytes
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """The turn is over and came to its end by itself. After the last bytes."""
+
+    generated_tokens: int  # of all branches
+
+
+Item = Accepted | Refusal | bytes | Spent
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ Used by hop 1 (ingress) and hop 3 (replica), so that a refusal looks the same wh
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from loopserve.errors import (
     ConfigError,
@@ -62,6 +63,26 @@ class NotAllowed(LoopServeError):
     code = "insufficient_permissions"
 
 
+class LimitReached(Overloaded):
+    """A limit of the API key is reached for now. `headers` say how its windows stand."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, /, *, retry_after_s: float, headers: Mapping[str, str]) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.headers = dict(headers)
+
+
+class InsufficientQuota(LoopServeError):
+    """The request needs more than the API key may ever use at once; waiting does not help."""
+
+    code = "insufficient_quota"
+
+    def __init__(self, message: str, /, *, headers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.headers = {**headers, "x-should-retry": "false"}  # OpenAI's clients would try again otherwise
+
+
 class TimedOut(EngineUnavailable):
     """Nothing came from a replica within the deployment's limit."""
 
@@ -80,6 +101,8 @@ STATUS: dict[type[LoopServeError], tuple[int, str]] = {
     NotFound: (404, "invalid_request_error"),
     ModelNotFound: (404, "invalid_request_error"),
     Overloaded: (429, "rate_limit_error"),
+    LimitReached: (429, "rate_limit_exceeded"),
+    InsufficientQuota: (429, "insufficient_quota"),
     EngineUnavailable: (503, "service_unavailable_error"),
     ReplicaLost: (503, "service_unavailable_error"),
     TimedOut: (503, "service_unavailable_error"),
@@ -99,13 +122,17 @@ class ErrorAnswer:
     body: bytes
     retry_after_s: int | None = None
     code: str = ""
+    more_headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that belong to the status."""
+        """Headers that belong to the status and to the error."""
+        found = dict(self.more_headers)
         if self.status == 401:
-            return {"www-authenticate": "Bearer"}
-        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+            found["www-authenticate"] = "Bearer"
+        if self.retry_after_s is not None:
+            found["retry-after"] = str(self.retry_after_s)
+        return found
 
 
 def status_of(error: BaseException) -> tuple[int, str]:
@@ -128,7 +155,8 @@ def error_answer(error: BaseException) -> ErrorAnswer:
         retry_after = max(1, math.ceil(error.retry_after_s))
     elif isinstance(error, EngineUnavailable):
         retry_after = math.ceil(UNAVAILABLE_RETRY_S)
-    return ErrorAnswer(status_of(error)[0], _body(error), retry_after, code_of(error))
+    headers = error.headers if isinstance(error, LimitReached | InsufficientQuota) else {}
+    return ErrorAnswer(status_of(error)[0], _body(error), retry_after, code_of(error), headers)
 
 
 def error_event(error: BaseException) -> bytes:

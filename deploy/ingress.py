@@ -17,8 +17,9 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
-from deploy.calls import Accepted, Item, Refusal, ReplicaStatus, SessionView, TurnCall
+from deploy.calls import Accepted, Item, Refusal, ReplicaStatus, SessionView, Spent, TurnCall
 from deploy.doors import Doors
 from deploy.errors import (
     BodyTooLarge,
@@ -34,6 +35,7 @@ from deploy.errors import (
 from deploy.fleet import Fleet, Replies
 from deploy.identity import affinity_key, identify, in_tenant
 from deploy.keys import Caller
+from deploy.limits import Admission, Limiter, with_max_tokens
 from deploy.metrics_page import IngressMetrics, MetricsPage, RequestCounter
 from deploy.protocol import CompletionCall, Endpoint, parse_chat, parse_text
 from deploy.settings import DeploySettings
@@ -65,6 +67,25 @@ class _Refused(Exception):
         self.refusal = refusal
 
 
+class _Stream(StreamingResponse):
+    """Events that end their turn however the response ends, even where the client left before the first one was sent."""
+
+    def __init__(
+        self, events: AsyncIterator[bytes], opened: _Opened, admission: Admission, *, headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._opened = opened
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._admission.close()
+            await self._opened.rest.aclose()
+
+
 class Gateway:
     """What the routes do; one per ingress process."""
 
@@ -82,27 +103,35 @@ class Gateway:
         self._metrics = metrics
         self._routed_headers = routed_headers
         self._tracing = tracing
+        self._limiter = Limiter(num_processes=settings.num_doors)
         self._model = ""  # asked for once: it does not change while the application lives
 
     async def complete(self, request: Request, endpoint: Endpoint, caller: Caller) -> Response:
         """Answer one completion request, as a stream or whole. Raises errors of the tree."""
         body = await _read(request, self._settings.body_bytes_max)
         parse = parse_chat if endpoint is Endpoint.CHAT else parse_text
-        parsed = parse(body, branches_max=self._settings.branches_max)
+        parsed = with_max_tokens(parse(body, branches_max=self._settings.branches_max), caller.limits)
         await self._check_model(parsed.model)
         call, key = self._call(parsed, request, caller)
-        opened = await self._open(call, key)
+        admission = self._limiter.admit(caller, parsed)
+        try:
+            opened = await self._open(call, key, admission)
+            if not parsed.stream:
+                await self._come_to_the_end(opened, admission)
+        except BaseException as error:
+            if isinstance(error, Exception):  # else the client is gone: what it had computed is charged
+                admission.refund()
+            admission.close()
+            raise
         headers = {"x-session-id": opened.accepted.session_name, "x-loopserve-replica": opened.accepted.replica}
         if not parsed.stream:
-            with suppress(
-                LoopServeError
-            ):  # the answer is here; let the replica come to its end instead of cancelling it
-                await _next(opened.rest, self._settings.ask_timeout_s, "No end of the answer came")
-            await opened.rest.aclose()
+            admission.close()
+            headers |= admission.headers()
             return Response(opened.first, media_type="application/json", headers=headers)
+        headers |= admission.headers()
         headers["cache-control"] = "no-cache"
         headers["x-accel-buffering"] = "no"  # reverse proxies must not collect events
-        return StreamingResponse(self._events(opened), media_type="text/event-stream", headers=headers)
+        return _Stream(self._events(opened, admission), opened, admission, headers=headers)
 
     async def models(self) -> list[dict[str, Any]]:
         """OpenAI's model objects: one, or none while nothing is loaded."""
@@ -178,12 +207,12 @@ class Gateway:
         )
         return call, affinity_key(parsed, placed)
 
-    async def _open(self, call: TurnCall, key: AffinityKey) -> _Opened:
+    async def _open(self, call: TurnCall, key: AffinityKey, admission: Admission) -> _Opened:
         """Wait for the first bytes; a replica that goes away or whose engine is dead before that is replaced once."""
         for remaining in range(_TRIES - 1, -1, -1):
             items = self._fleet.open(call, key)
             try:
-                return await self._begun(items)
+                return await self._begun(items, admission)
             except _Refused as refused:
                 await items.aclose()
                 if not (refused.refusal.elsewhere and remaining):
@@ -200,9 +229,10 @@ class Gateway:
                 raise
         raise AssertionError("every try returns or raises")
 
-    async def _begun(self, items: AsyncGenerator[Item, None]) -> _Opened:
+    async def _begun(self, items: AsyncGenerator[Item, None], admission: Admission) -> _Opened:
         accepted = await _next(items, self._settings.admission_timeout_s, "No place in the batch came free")
         if isinstance(accepted, Accepted):
+            admission.accept(accepted.prompt_tokens)
             first = await _next(items, self._settings.idle_timeout_s, "No part of the answer came")
             if isinstance(first, bytes):
                 return _Opened(accepted, first, items)
@@ -211,15 +241,30 @@ class Gateway:
             raise _Refused(accepted)
         raise LoopServeError("the replica ended without an answer")
 
-    async def _events(self, opened: _Opened) -> AsyncIterator[bytes]:
+    async def _come_to_the_end(self, opened: _Opened, admission: Admission) -> None:
+        """The whole answer is here; let the replica come to its end instead of cancelling it."""
+        with suppress(LoopServeError):
+            while (
+                item := await _next(opened.rest, self._settings.ask_timeout_s, "No end of the answer came")
+            ) is not None:
+                if isinstance(item, Spent):
+                    admission.finish(item.generated_tokens)
+        await opened.rest.aclose()
+
+    async def _events(self, opened: _Opened, admission: Admission) -> AsyncIterator[bytes]:
         """The stream after its status: bytes as they come, or one error event as the last."""
         try:
+            admission.forward(opened.first)
             yield opened.first
             while True:
                 item = await _next(opened.rest, self._settings.idle_timeout_s, "No further part of the answer came")
                 if item is None:
                     return
+                if isinstance(item, Spent):
+                    admission.finish(item.generated_tokens)
+                    continue
                 assert isinstance(item, bytes), item
+                admission.forward(item)
                 yield item
         except Exception as error:  # the status is out; the client must learn of any failure inside the stream
             if not isinstance(error, LoopServeError):

@@ -27,6 +27,7 @@ from deploy.calls import (
     ReplicaSignals,
     ReplicaStatus,
     SessionView,
+    Spent,
     TurnCall,
     engine_session_id,
     name_in_tenant,
@@ -145,12 +146,13 @@ class Replica:
                         is_accepted = True
                         self._count_outcome(call, is_held=self._conversations.holds(key))
                         self._conversations.use(key, name, claim=session_key(call.claim_tenant, name))
-                        yield Accepted(name, self._name, started.cached_tokens, received_unix_s)
+                        yield Accepted(name, self._name, started.cached_tokens, received_unix_s, started.prompt_tokens)
                     item = self._written(events, writer, streams=call.request.stream and is_accepted)
                     if item is not None:
                         yield item
                     if writer.failure() is not None:
                         return
+            yield Spent(writer.num_generated_tokens)
         except LoopServeError as error:
             yield self._refusal(error)
         finally:

@@ -69,6 +69,11 @@ class DeploySettings:
         _check(self.torch_threads is None or self.torch_threads >= 1, "torch_threads must be at least 1")
         _check(self.gpus_per_replica is None or self.gpus_per_replica >= 0, "gpus_per_replica must not be negative")
 
+    @property
+    def num_doors(self) -> int:
+        """Processes that take requests in, among which an API key's limits are shared out."""
+        return self.replicas if self.topology == "direct" else self.ingress_replicas
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Self:
         """Defaults, then HOST, PORT, REPLICAS, MODEL and DEVICE, then `LOOPSERVE_<FIELD>` (of a group:
