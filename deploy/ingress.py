@@ -37,6 +37,7 @@ from deploy.identity import affinity_key, identify, in_tenant
 from deploy.keys import Caller
 from deploy.limits import Admission, Limiter, with_max_tokens
 from deploy.metrics_page import IngressMetrics, MetricsPage, RequestCounter
+from deploy.observe.page import observe_router, sources_of
 from deploy.protocol import CompletionCall, Endpoint, parse_chat, parse_text
 from deploy.settings import DeploySettings
 from deploy.tracing import TracedFleet, TracedRequests
@@ -352,6 +353,9 @@ def build_api(
     async def release(caller: User, name: str, cache_salt: str = "") -> dict[str, Any]:
         return await gateway.release(in_tenant(caller.tenant, cache_salt), name)
 
+    if settings.observe:
+        sources = sources_of(settings, metrics_page.parts, gateway.sessions)
+        api.include_router(observe_router(sources, doors.operator))
     return api
 
 
