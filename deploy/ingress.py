@@ -150,12 +150,13 @@ class Gateway:
         ]
 
     async def ready(self) -> dict[str, Any]:
-        """Which replicas can answer. Raises EngineUnavailable where none can."""
+        """Which replicas can answer, and with what. Raises EngineUnavailable where none can."""
         replies: Replies[ReplicaStatus] = await self._fleet.ask("status")
-        alive = sorted(status.replica for status in replies.by_replica.values() if status.alive)
+        alive = {status.replica: status.model for status in replies.by_replica.values() if status.alive}
         if not alive:
             raise EngineUnavailable("No replica has loaded the model yet; try again shortly.")
-        return {"status": "ready", "replicas": alive, "silent": list(replies.silent)}
+        models = sorted(set(alive.values()))
+        return {"status": "ready", "models": models, "replicas": sorted(alive), "silent": list(replies.silent)}
 
     async def sessions(self, tenant: str) -> dict[str, Any]:
         """Every session of a tenant on every replica that answers."""

@@ -28,6 +28,7 @@ import loopserve.errors
 from deploy.app import APP_NAME, ENGINE_DEPLOYMENT, build_app
 from deploy.backend import REAL_BACKEND, BackendFactory
 from deploy.deployments import START_FAILED
+from deploy.keys import load_keys
 from deploy.settings import DeploySettings
 from loopserve.config import EngineConfig
 from loopserve.errors import ConfigError, EngineUnavailable, LoopServeError
@@ -86,6 +87,8 @@ def run(
     stop = stop or threading.Event()
     check_topology(settings)
     check_port_is_free(settings.host, settings.port)
+    if settings.keys_file:
+        load_keys(Path(settings.keys_file))  # a mistake in it is told now, not after the model was loaded
     on_event(RunEvent(Stage.STARTING, "starting Ray"))
     with local_cluster(settings), _signals(stop):
         local = replace(settings, start_attempts=1, gpus_per_replica=_shared_gpus(settings))
@@ -216,10 +219,8 @@ def start_failure(message: str) -> LoopServeError | None:
 
 def _served_model(url: str) -> str | None:
     try:
-        ready = httpx.get(f"{url}/ready", timeout=5.0, trust_env=False)
-        if ready.status_code != 200:
-            return None
-        return str(httpx.get(f"{url}/v1/models", timeout=5.0, trust_env=False).json()["data"][0]["id"])
+        ready = httpx.get(f"{url}/ready", timeout=5.0, trust_env=False)  # open to everybody, /v1/models may need a key
+        return str(ready.json()["models"][0]) if ready.status_code == 200 else None
     except (httpx.HTTPError, LookupError):
         return None
 

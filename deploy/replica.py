@@ -121,6 +121,7 @@ class Replica:
         self._metrics = Fan(()) if metrics is None else metrics
         self._conversations = Conversations(limit=settings.conversations_max, clock=unix_time)
         self._num_turns = 0
+        self._open: dict[ConversationKey, set[object]] = {}  # turns whose session was not released while they ran
         self._unix_time = unix_time
         self._lease = BudgetLease(clock=time.monotonic)
         self._loaded_at = int(unix_time())
@@ -136,6 +137,8 @@ class Replica:
         key = session_key(call.tenant, name)
         writer = AnswerWriter(_shape(call))
         is_accepted = False
+        turn_mark = object()
+        self._open.setdefault(key, set()).add(turn_mark)
         self._num_turns += 1
         try:
             turn = cast(AsyncGenerator[Sequence[ChatEvent], None], self._chat.stream(_chat_request(call, name)))
@@ -145,7 +148,8 @@ class Replica:
                     if started is not None:
                         is_accepted = True
                         self._count_outcome(call, is_held=self._conversations.holds(key))
-                        self._conversations.use(key, name, claim=session_key(call.claim_tenant, name))
+                        if turn_mark in self._open.get(key, ()):
+                            self._conversations.use(key, name, claim=session_key(call.claim_tenant, name))
                         yield Accepted(name, self._name, started.cached_tokens, received_unix_s, started.prompt_tokens)
                     item = self._written(events, writer, streams=call.request.stream and is_accepted)
                     if item is not None:
@@ -157,7 +161,11 @@ class Replica:
             yield self._refusal(error)
         finally:
             self._num_turns -= 1
-            self._learn(call, key, writer)
+            if turn_mark in self._open.get(key, ()):
+                self._learn(call, key, writer)
+                self._open[key].discard(turn_mark)
+                if not self._open[key]:
+                    del self._open[key]
 
     def _written(self, events: Sequence[ChatEvent], writer: AnswerWriter, *, streams: bool) -> Item | None:
         """What the client gets for some events. A turn that fails before its stream began is a refusal."""
@@ -194,9 +202,10 @@ class Replica:
         return _view(name, info, self._name)
 
     async def release(self, tenant: str, name: str) -> bool:
-        """Forget a session, its running turns included; False where it is not here."""
-        session_id = engine_session_id(tenant, name)
-        self._conversations.forget(session_key(tenant, name))
+        """Forget a session, its running turns included, and erase its KV; False where it is not here."""
+        session_id, key = engine_session_id(tenant, name), session_key(tenant, name)
+        self._open.pop(key, None)  # what its turns still have to say is not learned
+        self._conversations.forget(key)
         self._chat.forget(session_id)
         try:
             await asyncio.to_thread(self._engine.release, session_id)

@@ -83,10 +83,10 @@ class TokenHistory:
         return self._prompt(session_id, text, is_chat=False)
 
     def add_answer(self, session_id: SessionId, prompt: Prompt, answer: AnswerText) -> None:
-        """Remember what was answered to a prompt of this session."""
+        """Remember what was answered to a prompt of this session, unless the session was forgotten since."""
         transcript = self._with_answer(prompt, answer)
-        if transcript is not None:
-            self._transcripts.add(session_id, transcript)
+        if transcript is not None and prompt.transcript is not None:
+            self._transcripts.add(session_id, transcript, behind=prompt.transcript)
 
     def forget(self, session_id: SessionId) -> None:
         """Drop all of a session; unknown ones are ignored."""
@@ -232,9 +232,14 @@ class _Transcripts:
                 best = _Transcript(transcript.token_ids[: marks[-1].num_tokens], marks)
         return best
 
-    def add(self, session_id: SessionId, transcript: _Transcript) -> None:
-        """Keep a transcript as the session's newest; beginnings of it are dropped, as is what exceeds the limits."""
+    def add(self, session_id: SessionId, transcript: _Transcript, *, behind: _Transcript | None = None) -> None:
+        """Keep a transcript as the session's newest; beginnings of it are dropped, as is what exceeds the limits.
+
+        `behind`: only where that one is still kept.
+        """
         with self._lock:
+            if behind is not None and not any(t.holds(behind) for t in self._sessions.get(session_id, ())):
+                return
             old = self._take_out(session_id)
             if any(other.holds(transcript) for other in old):
                 new = old

@@ -117,7 +117,8 @@ async def test_models_are_listed_and_found():
 async def test_ready_means_that_a_replica_can_answer():
     fleet = LocalFleet(names=("a", "b"))
     async with client_of(fleet) as client:
-        assert (await client.get("/ready")).json() == {"status": "ready", "replicas": ["a", "b"], "silent": []}
+        ready = (await client.get("/ready")).json()
+        assert ready == {"status": "ready", "models": [MODEL], "replicas": ["a", "b"], "silent": []}
         fleet.engines["a"].stop()
         assert (await client.get("/ready")).json()["replicas"] == ["b"]
         fleet.engines["b"].stop()
