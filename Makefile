@@ -12,7 +12,7 @@ SERVE_FLAGS = $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(if
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-slow tools constraints clean
+.PHONY: help serve test test-slow dashboards tools constraints clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -31,6 +31,9 @@ test: $(STAMP) ## set up if needed, then lint, types and tests
 
 test-slow: $(STAMP) ## the tests that take longer than a minute each
 	@$(BIN)/python -m pytest -m slow
+
+dashboards: $(STAMP) ## write the dashboards' JSON again from their builders
+	@$(BIN)/python -m monitoring.dashboards
 
 tools: $(TOOLS)/usr/bin/promtool ## Prometheus from Debian's package, unpacked into .tools, not installed: for the tests of alerts and panels
 
