@@ -12,6 +12,8 @@ from rich.console import Console
 
 from loopserve.cli.bench import bench
 from loopserve.cli.chat import chat
+from loopserve.cli.keys import keys
+from loopserve.cli.observe import observe
 from loopserve.cli.replay import replay
 from loopserve.cli.serve import serve
 from loopserve.errors import LoopServeError
@@ -26,6 +28,8 @@ app.command()(serve)
 app.command()(chat)
 app.command()(replay)
 app.command()(bench)
+app.command()(observe)
+app.add_typer(keys, name="keys")
 
 
 def _print_version(wanted: bool) -> None:
