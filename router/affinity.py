@@ -9,7 +9,7 @@ Hop 2 of a turn. Knows nothing about Ray, HTTP or the engine; imports nothing of
       spill        ... unless the home of a NEW conversation is loaded over its peers
 
 A conversation that is resident somewhere (2, 3) stays, unless waiting there costs more than moving it (`moved`). One that goes on but is
-not published yet counts as resident at its home.
+not published yet counts as resident where this router sent its first turn, or else at its home.
 Every ranking holds all replicas, so that a dead first choice falls to the next at once.
 """
 
@@ -189,9 +189,9 @@ class Affinity:
     def remember(self, key: AffinityKey, replica: ReplicaName) -> None:
         """Note that this router sent a conversation to `replica`; the oldest notes go beyond the limit."""
         now = self._clock()
-        for resident in key.resident:
-            self._memo[resident] = (replica, now)
-            self._memo.move_to_end(resident)
+        for name in key.resident or (_first_turn(key),):  # a first turn's next one brings a key that is not known yet
+            self._memo[name] = (replica, now)
+            self._memo.move_to_end(name)
         while len(self._memo) > self._settings.memo_max:
             self._memo.popitem(last=False)
 
@@ -228,11 +228,15 @@ class Affinity:
             if owner in usable:
                 return owner, Reason.OWNER
         oldest = self._clock() - self._settings.memo_s
-        for resident in key.resident:
-            name, sent = self._memo.get(resident, (None, -math.inf))
+        for note in (*key.resident, _first_turn(key)) if key.continues else key.resident:
+            name, sent = self._memo.get(note, (None, -math.inf))
             if name in usable and sent >= oldest:
                 return name, Reason.MEMO
         return None, Reason.HOME
+
+
+def _first_turn(key: AffinityKey) -> str:
+    return f"first {key.home}"
 
 
 def _new_home(usable: Sequence[ReplicaView], settings: AffinitySettings) -> tuple[ReplicaName, Reason]:

@@ -26,7 +26,7 @@ from router.affinity import (
 )
 
 CHOICE_ONLY = "choice only"
-_CHOICE_COUNTS_S = 2.0  # some periods of published state, which may also stay as it was
+_CHOICE_COUNTS_S = 1.0  # about as late as published state is; it may also stay as it was
 
 
 class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types

@@ -145,6 +145,21 @@ def test_a_conversation_that_goes_on_is_not_spilled_while_nobody_has_published_i
     assert (ranking.replicas[0], ranking.reason) == (home, Reason.HOME)
 
 
+def test_a_nameless_conversation_goes_on_where_its_first_turn_was_spilled_to_before_anybody_publishes_it():
+    clock = Clock()
+    r = router(clock, spill_turns=1, memo_s=10)
+    first = AffinityKey(home="h")
+    home = r.rank(first, views("a", "b", "c")).replicas[0]
+    elsewhere = r.rank(first, views("a", "b", "c", **{home: ReplicaLoad(running=30)})).replicas[0]
+    r.remember(first, elsewhere)
+    second = AffinityKey(home="h", resident=("said and heard",), continues=True)
+    ranking = r.rank(second, views("a", "b", "c"))
+    assert (ranking.replicas[0], ranking.reason) == (elsewhere, Reason.MEMO) and elsewhere != home
+    assert r.rank(first, views("a", "b", "c")).replicas[0] == home  # another conversation with this opening
+    clock.now += 11
+    assert r.rank(second, views("a", "b", "c")).replicas[0] == home
+
+
 def test_a_resident_conversation_stays_although_its_replica_is_loaded():
     r = router(spill_turns=1)
     r.publish(claims(a={"k": 1.0}))
