@@ -32,8 +32,9 @@ test: $(STAMP) ## set up if needed, then lint, types and tests
 test-slow: $(STAMP) ## the tests that take longer than a minute each
 	@$(BIN)/python -m pytest -m slow
 
-dashboards: $(STAMP) ## write the dashboards' JSON again from their builders
+dashboards: $(STAMP) ## write the dashboards' JSON and the alert rules' YAML again from their builders
 	@$(BIN)/python -m monitoring.dashboards
+	@$(BIN)/python -m monitoring.alerts
 
 tools: $(TOOLS)/usr/bin/promtool ## Prometheus from Debian's package, unpacked into .tools, not installed: for the tests of alerts and panels
 
