@@ -29,7 +29,7 @@ from loopserve.errors import LoopServeError
 from monitoring.catalogue import Origin
 from monitoring.exposition import Families
 from monitoring.tracing import TurnTracer, open_tracing
-from router.ray_router import AffinityRouter
+from router.decisions import Decisions
 
 START_FAILED = "loopserve start failed"  # deploy.local finds the reason behind this in Serve's status message
 
@@ -120,10 +120,10 @@ class Ingress:
     def __init__(self, engines: DeploymentHandle, settings: DeploySettings) -> None:
         context = serve.get_replica_context()
         self._metrics = IngressMetrics(context.replica_id.unique_id)
-        AffinityRouter.listener = self._metrics.decided
+        Decisions.listener = self._metrics.decided
         self._fleet = RayFleet(engines, ask_timeout_s=settings.ask_timeout_s)
         own = serve.get_deployment_handle(context.deployment, app_name=context.app_name)
-        self._peers = {Origin.INGRESS: RayFleet(own, ask_timeout_s=settings.ask_timeout_s)}
+        self._peers = [(Origin.INGRESS, RayFleet(own, ask_timeout_s=settings.ask_timeout_s))]
         self._settings = settings
         self._tracing = open_tracing(settings.tracing, instance=self._metrics.name)
 

@@ -32,12 +32,16 @@ from deploy.deployments import EngineReplica
 from deploy.fleet import Fleet, RayFleet, Replies
 from deploy.identity import affinity_key, identify, in_tenant
 from deploy.ingress import build_api
+from deploy.metrics_page import IngressMetrics
 from deploy.protocol import parse_chat, parse_text
 from deploy.replica import Replica
 from deploy.settings import DeploySettings
 from loopserve.config import EngineConfig
 from loopserve.errors import ConfigError, InvalidRequest
+from monitoring.catalogue import Origin
+from monitoring.exposition import Families
 from router.affinity import AffinityKey, encode_affinity
+from router.decisions import Decisions
 from router.ray_router import CHOICE_ONLY
 
 ROUTER_DEPLOYMENT = "SessionRouter"
@@ -82,18 +86,27 @@ class DirectReplica(EngineReplica):
     def __init__(self, settings: DeploySettings, config: EngineConfig, factory: str | BackendFactory) -> None:
         super().__init__(settings, config, factory)
         self._settings = settings
+        self._ingress_metrics = IngressMetrics(self._name)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        context = serve.get_replica_context()
-        handle = serve.get_deployment_handle(context.deployment, app_name=context.app_name)
-        fleet = RayFleet(handle, ask_timeout_s=self._settings.ask_timeout_s)
+        replicas = self._all_of(serve.get_replica_context().deployment)
         return build_api(
-            OwnFleet(self._name, self._replica, fleet),
+            OwnFleet(self._name, self._replica, replicas),
             self._settings,
             routed_headers=ROUTED_HEADERS,
+            metrics=self._ingress_metrics,
+            peers=[(Origin.INGRESS, replicas), (Origin.INGRESS, self._all_of(ROUTER_DEPLOYMENT))],
             tracing=self._tracing,
         )
+
+    async def ingress_metrics(self) -> tuple[str, Families]:
+        """What this process counted as an HTTP server, for a page that another one makes."""
+        return self._name, self._ingress_metrics.families()
+
+    def _all_of(self, deployment: str) -> RayFleet:
+        handle = serve.get_deployment_handle(deployment, app_name=serve.get_replica_context().app_name)
+        return RayFleet(handle, ask_timeout_s=self._settings.ask_timeout_s)
 
 
 class OwnFleet:
@@ -119,6 +132,8 @@ class SessionRouter:
 
     def __init__(self, engines: DeploymentHandle, settings: DeploySettings) -> None:
         self._engines, self._settings = engines, settings
+        self._metrics = IngressMetrics(serve.get_replica_context().replica_id.unique_id)
+        Decisions.listener = self._metrics.decided
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
@@ -134,6 +149,10 @@ class SessionRouter:
                 return Response("no replica is there", status_code=503, media_type="text/plain")
 
         return api
+
+    async def ingress_metrics(self) -> tuple[str, Families]:
+        """Everything counted here: the decisions."""
+        return self._metrics.name, self._metrics.families()
 
     async def _choose(self, key: AffinityKey | None) -> str:
         handle = self._engines if key is None else self._engines.options(session_id=encode_affinity(key))

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
@@ -285,7 +285,7 @@ def build_api(
     *,
     routed_headers: frozenset[str] | None = None,
     metrics: IngressMetrics | None = None,
-    peers: Mapping[Origin, Fleet] | None = None,
+    peers: Sequence[tuple[Origin, Fleet]] = (),
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The routes over one fleet.
@@ -298,7 +298,7 @@ def build_api(
     if tracing is not None:
         fleet = TracedFleet(fleet, tracing, routes=routed_headers is None)
     gateway = Gateway(fleet, settings, routed_headers=routed_headers, metrics=metrics, tracing=tracing)
-    metrics_page = MetricsPage(metrics, {Origin.ENGINE: fleet, **(peers or {})})
+    metrics_page = MetricsPage(metrics, [(Origin.ENGINE, fleet), *peers])
     api = FastAPI(
         title="LoopServe", docs_url=None, redoc_url=None, openapi_url=None if settings.keys_file else "/openapi.json"
     )

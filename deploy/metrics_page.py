@@ -5,7 +5,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -86,10 +86,10 @@ class RequestCounter:
 class MetricsPage:
     """The page of the whole application, as one ingress sees it."""
 
-    def __init__(self, own: IngressMetrics, others: Mapping[Origin, Fleet]) -> None:
+    def __init__(self, own: IngressMetrics, others: Sequence[tuple[Origin, Fleet]]) -> None:
         """`others`: whom to ask, by what they are. Where no ingress is among them, the own count stands for all."""
         self._own = own
-        self._others = others
+        self._others = tuple(others)
 
     async def render(self) -> bytes:
         """The text page."""
@@ -97,13 +97,12 @@ class MetricsPage:
 
     async def parts(self) -> list[Part]:
         """What every process counted, asked side by side."""
-        origins = list(self._others)
-        asked = [self._others[origin].ask(QUESTIONS[origin]) for origin in origins]
+        asked = [fleet.ask(QUESTIONS[origin]) for origin, fleet in self._others]
         replies: list[Replies[Any]] = await asyncio.gather(*asked)
         self._own.sink.set(c.REPLICAS_SILENT, sum(len(reply.silent) for reply in replies))
         parts = [
             Part(origin, name, families)
-            for origin, reply in zip(origins, replies, strict=True)
+            for (origin, _), reply in zip(self._others, replies, strict=True)
             for name, families in reply.by_replica.items()
             if not (origin is Origin.INGRESS and name == self._own.name)
         ]

@@ -9,9 +9,8 @@ that it was taken nor that it ended. It then counts as taken until the replica h
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -24,6 +23,7 @@ from router.affinity import (
     decode_affinity,
     load_from_stats,
 )
+from router.decisions import Decisions
 
 CHOICE_ONLY = "choice only"
 _CHOICE_COUNTS_S = 1.0  # about as late as published state is; it may also stay as it was
@@ -35,9 +35,6 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
     # A dead replica answers a queue-length probe with an error at once, only a busy one takes long: with Serve's 0.1 s a replica in the
     # middle of a CPU prefill would lose a conversation that lives there.
     queue_len_response_deadline_s = 1.0
-
-    # Told every decision's reason and how long it took. Serve constructs routers, so the process that holds one can only leave it here.
-    listener: ClassVar[Callable[[str, float], None] | None] = None
 
     def initialize_state(self, **settings: Any) -> None:
         """Called once by Serve, with `request_router_kwargs`."""
@@ -65,8 +62,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         views = [self._view(name, replica) for name, replica in by_name.items()]
         key = _key(pending_request)
         ranking = self._affinity.rank(key, views)
-        if AffinityRouter.listener is not None:
-            AffinityRouter.listener(ranking.reason.value, time.perf_counter() - began_s)
+        Decisions.report(ranking.reason.value, time.perf_counter() - began_s)
         if ranking.replicas and pending_request.args[:1] == [CHOICE_ONLY]:
             self._chosen(key, by_name[ranking.replicas[0]])
         return [[by_name[name]] for name in ranking.replicas]
