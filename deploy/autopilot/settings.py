@@ -96,6 +96,12 @@ class AutopilotSettings:
             self.idle_to_zero_s >= IDLE_TO_ZERO_MIN_S,
             f"idle_to_zero_s is {self.idle_to_zero_s}; at least {IDLE_TO_ZERO_MIN_S:g} is needed",
         )
+        for name in ("prometheus_url", "dashboard_url"):
+            text = getattr(self, name)
+            _check(
+                not text or text.startswith(("http://", "https://")),
+                f"{name} is {text!r}; http:// or https:// is needed",
+            )
         for name in ("scale_up_step", "scale_down_step", "history_max"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed")
         _check(
