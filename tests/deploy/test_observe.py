@@ -1,8 +1,14 @@
 """What the live page is told: samples to numbers, the last minutes, Prometheus' memory of them, and the routes."""
 
+import http.server
+import itertools
 import json
 import math
-from collections.abc import Sequence
+import queue
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +22,23 @@ from deploy.autopilot.settings import AutopilotSettings
 from deploy.keys import hash_key, new_key
 from deploy.observe import watcher as watching
 from deploy.observe.counting import CountKey, Odometer, Sample, difference, quantile
+from deploy.observe.demo import TALK, demo_settings
 from deploy.observe.history import PrometheusHistory, by_time
+from deploy.observe.local_prometheus import local_prometheus
 from deploy.observe.page import samples_of
 from deploy.observe.state import KINDS, TURN_LABELS, WATCHED_SERIES, first_token_times, now, point, read_moment
 from deploy.observe.watcher import Watcher
 from deploy.settings import DeploySettings
+from loopserve.config import BLOCK_TOKENS
+from loopserve.errors import EngineUnavailable
 from monitoring import catalogue as c
 from monitoring.catalogue import Origin
 from monitoring.exposition import Part, PrometheusSink
+from monitoring.tools import find_tool
 
 pytestmark = pytest.mark.anyio
 EACH = "replica"
+STATIC = Path(__file__).parents[2] / "deploy" / "observe" / "static"
 
 
 def tokens(replica: str, value: float, phase: str = "decode") -> Sample:
@@ -383,22 +395,20 @@ async def test_every_answer_of_the_page_forbids_what_it_does_not_need():
 async def test_every_file_that_the_page_names_is_served_and_nothing_else():
     async with client_of(observed()) as client:
         page = (await client.get("/observe")).text
-        static = Path(__file__).parents[2] / "deploy" / "observe" / "static"
-        for file in static.iterdir():
-            assert file.suffix == ".html" or f"/static/{file.name}" in page or f'"./{file.name}"' in _all_text(static)
+        for file in STATIC.iterdir():
+            assert file.suffix == ".html" or f"/static/{file.name}" in page or f'"./{file.name}"' in _all_text()
             assert (await client.get(f"/observe/static/{file.name}")).content == file.read_bytes()
         for name in ("nothing.js", "..%2Fpage.py", "%2e%2e/page.py"):
             response = await client.get(f"/observe/static/{name}")
             assert response.status_code == 404 and "message" in response.json()["error"]
 
 
-def _all_text(folder: Path) -> str:
-    return "".join(file.read_text(encoding="utf-8") for file in sorted(folder.iterdir()))
+def _all_text() -> str:
+    return "".join(file.read_text(encoding="utf-8") for file in sorted(STATIC.iterdir()))
 
 
 def test_the_page_asks_nobody_but_its_server():
-    static = Path(__file__).parents[2] / "deploy" / "observe" / "static"
-    text = _all_text(static).replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
+    text = _all_text().replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
     assert "://" not in text
     assert "innerHTML" not in text and " style=" not in text
 
@@ -462,3 +472,125 @@ def test_counts_of_the_fleet_carry_no_process():
     samples = [tokens("a", 3), tokens("b", 4)]
     counts = Odometer().read(samples, source_label=EACH)
     assert list(counts) == [CountKey(c.STEP_TOKENS.name, (("phase", "decode"),))]
+
+
+class TestDemo:
+    def test_its_settings_lie_under_the_environment_and_the_options_above(self):
+        settings, engine = demo_settings({}, {})
+        assert (settings.observe, settings.replicas, settings.autopilot.mode) == (True, 2, "on")
+        assert (settings.autopilot.min_replicas, settings.autopilot.max_replicas) == (2, 3)
+        assert (engine.kv_blocks, engine.decode.budget_floor_tokens) == (513, 32)
+        env = {
+            "LOOPSERVE_ENGINE_KV_BLOCKS": "2000",
+            "REPLICAS": "4",
+            "LOOPSERVE_AUTOPILOT__MODE": "dry-run",
+            "LOOPSERVE_AUTOPILOT__MAX_REPLICAS": "9",
+        }
+        settings, engine = demo_settings(env, {"port": 9000, "model": "some/model"})
+        assert (engine.kv_blocks, settings.replicas, settings.autopilot.mode) == (2000, 4, "dry-run")
+        assert (settings.autopilot.min_replicas, settings.autopilot.max_replicas) == (4, 9)
+        assert (settings.port, settings.model, engine.model) == (9000, "some/model", "some/model")
+        assert demo_settings(env, {"replicas": 1})[0].replicas == 1
+
+    def test_the_longest_dialogue_fits_the_demos_pool(self):
+        _, engine = demo_settings({}, {})
+        longest = TALK.system_tokens.high + TALK.turns.high * (TALK.input_tokens.high + TALK.output_tokens.high + 16)
+        assert engine.kv_blocks is not None and longest < (engine.kv_blocks - 1) * BLOCK_TOKENS
+
+    def test_prometheus_scrapes_with_the_key_and_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ):
+        program = find_tool("prometheus")
+        if program is None:
+            pytest.skip("Prometheus is not here; `make tools` fetches it")
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        with scraped() as (target, keys), local_prometheus(program, target=target, api_key="ls-secret") as url:
+            assert keys.get(timeout=30) == "Bearer ls-secret"
+            assert httpx.get(f"{url}/api/v1/targets", trust_env=False).status_code == 200
+            assert "ls-secret" not in httpx.get(f"{url}/api/v1/status/config", trust_env=False).text
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url, trust_env=False)
+
+    def test_a_prometheus_that_does_not_start_says_why_and_leaves_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        program = tmp_path / "prometheus"
+        program.write_text("#!/bin/sh\necho no such luck\nexit 1\n")
+        program.chmod(0o755)
+        (tmp_path / "temporary").mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+        with pytest.raises(EngineUnavailable, match="no such luck"), local_prometheus(program, target="127.0.0.1:1"):
+            pass
+        assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@contextmanager
+def scraped() -> Iterator[tuple[str, "queue.Queue[str]"]]:
+    """A target for a scraper, and the keys it comes with."""
+    keys: queue.Queue[str] = queue.Queue()
+
+    class Target(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.put(self.headers["authorization"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Target) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}", keys
+        server.shutdown()
+
+
+# Colours: relative luminance and contrast after WCAG 2.2, vision after Machado et al. (2009) at full severity, distance in CIE Lab.
+VISIONS = {
+    "all": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red cones": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "no green cones": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.01182, 0.04294, 0.968881)),
+    "no blue cones": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.3039)),
+}
+THEMES = [
+    dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+    for block in re.findall(r":root \{(.*?)\}", (STATIC / "observe.css").read_text(encoding="utf-8"), re.DOTALL)
+]
+
+
+def linear(colour: str) -> list[float]:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted(
+        sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear(c), strict=True)) for c in (one, other)
+    )
+    return (high + 0.05) / (low + 0.05)
+
+
+def seen(colour: str, vision: str) -> tuple[float, float, float]:
+    rgb = [min(max(sum(w * v for w, v in zip(row, linear(colour), strict=True)), 0), 1) for row in VISIONS[vision]]
+    to_xyz = ((0.4339, 0.3762, 0.1899), (0.2126, 0.7152, 0.0722), (0.0177, 0.1095, 0.8729))  # over the white of D65
+    x, y, z = (sum(w * v for w, v in zip(row, rgb, strict=True)) for row in to_xyz)
+    x, y, z = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("theme", THEMES, ids=("light", "dark"))
+def test_text_and_marks_stand_out_from_what_is_behind_them(theme: dict[str, str]):
+    for name, behind in itertools.product(("ink", "soft", "bad", "accent"), ("panel", "page")):
+        assert contrast(theme[name], theme[behind]) >= 4.5, (name, behind)
+    assert contrast(theme["on-accent"], theme["accent"]) >= 4.5
+    assert contrast(theme["ink"], theme["wash"]) >= 4.5
+    for name in ("active", "shared", "warm", "cached", "first", "second", "good"):
+        assert contrast(theme[name], theme["panel"]) >= 3.0, name
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("theme", THEMES, ids=("light", "dark"))
+def test_colours_of_one_chart_stay_apart_for_every_colour_vision(theme: dict[str, str], vision: str):
+    pairs = [*itertools.combinations(KINDS[:-1], 2), ("first", "second"), ("first", "bad")]
+    for one, other in pairs:
+        assert math.dist(seen(theme[one], vision), seen(theme[other], vision)) >= 18, (one, other)

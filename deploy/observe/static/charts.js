@@ -248,13 +248,13 @@ export class Charts {
       let lane = this.laneOf.get(name);
       if (!lane) {
         lane = new Chart(short.get(name) ?? name, height, `Pool of replica ${name} by kind`);
-        lane.name.append(html("span", {}, html("output", {})));
+        lane.name.append(html("span", {}, html("output", {})), html("span", {}));
         this.laneOf.set(name, lane);
       }
       this.lanes.append(lane.root);
       const shares = shown?.kv[name];
-      setText(/** @type {Element} */ (lane.name.querySelector("output")),
-        shares ? inUse(shares) : "gone");
+      setText(/** @type {Element} */ (lane.name.querySelector("output")), shares ? `${percent(1 - shares[4])} in use` : "gone");
+      setText(/** @type {Element} */ (lane.name.lastElementChild), shares ? kindsOf(shares) : "");
       lane.draw(width, this.stacked(name, this.scale(height, 1)));
     }
     if (names.length === 0 && !this.lanes.firstChild) this.lanes.append(html("p", { class: "empty" }, "No replica has reported yet."));
@@ -298,9 +298,8 @@ export class Charts {
 }
 
 /** @param {number[]} shares of a pool */
-function inUse(shares) {
-  const kinds = KINDS.slice(0, -1).map((kind, index) => `${kind} ${number(100 * shares[index])}`);
-  return `${percent(1 - shares[4])} in use: ${kinds.join(", ")}`;
+function kindsOf(shares) {
+  return KINDS.slice(0, -1).map((kind, index) => `${kind} ${percent(shares[index])}`).join(", ");
 }
 
 /** @param {number} value one decimal is enough for a pixel */
