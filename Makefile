@@ -9,19 +9,24 @@ TOOLS := .tools
 # Passed on to `loopserve serve` where they are set, here or in the environment.
 SERVE_FLAGS = $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(if $(REPLICAS),--replicas "$(REPLICAS)") \
               $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device "$(DEVICE)")
+OBSERVE_FLAGS = $(if $(DIALOGUES),--dialogues "$(DIALOGUES)") $(if $(RATE),--rate "$(RATE)") $(if $(MINUTES),--minutes "$(MINUTES)")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-slow dashboards tools constraints clean
+.PHONY: help serve observe test test-slow dashboards tools constraints clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "serve reads HOST (127.0.0.1), PORT (8000), REPLICAS (1), MODEL (hub id or directory; the shipped model), DEVICE (auto)."
+	@echo "observe reads HOST, PORT, REPLICAS (2), MODEL, DEVICE, DIALOGUES (12), RATE (dialogues begun per second), MINUTES (30)."
 	@echo "Set-up reads PYTHON (python3, 3.11 or newer) and pip's own environment variables."
 
 serve: $(STAMP) ## set up if needed, then serve at http://127.0.0.1:8000
 	@exec $(BIN)/loopserve serve $(SERVE_FLAGS)
+
+observe: $(STAMP) ## set up if needed, then serve under load with a live page at http://127.0.0.1:8000/observe
+	@exec $(BIN)/loopserve observe $(SERVE_FLAGS) $(OBSERVE_FLAGS)
 
 test: $(STAMP) ## set up if needed, then lint, types and tests
 	@echo "ruff check";          $(BIN)/ruff check .

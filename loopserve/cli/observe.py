@@ -14,6 +14,7 @@ from rich.markup import escape
 
 
 def observe(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 if not given.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; 8000 if not given.")] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Engines to begin with; 2 if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or directory; the shipped model if not given.")] = None,
@@ -36,7 +37,7 @@ def observe(
     from deploy.observe.demo import TALK, DemoEvents, demo_settings, run_demo
     from loopserve.bench import Workload
 
-    options = {"port": port, "replicas": replicas, "model": model, "device": device}
+    options = {"host": host, "port": port, "replicas": replicas, "model": model, "device": device}
     settings, engine = demo_settings(os.environ, {name: given for name, given in options.items() if given is not None})
     talk = replace(TALK, seed=secrets.randbelow(2**31))
     workload = Workload(talk, num_dialogues=None, concurrency=dialogues, rate_per_s=rate, duration_s=60 * minutes)
