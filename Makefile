@@ -13,7 +13,7 @@ OBSERVE_FLAGS = $(if $(DIALOGUES),--dialogues "$(DIALOGUES)") $(if $(RATE),--rat
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve observe test test-slow dashboards tools constraints clean
+.PHONY: help serve observe test test-slow dashboards manifests tools constraints clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -40,6 +40,9 @@ test-slow: $(STAMP) ## the tests that take longer than a minute each
 dashboards: $(STAMP) ## write the dashboards' JSON and the alert rules' YAML again from their builders
 	@$(BIN)/python -m monitoring.dashboards
 	@$(BIN)/python -m monitoring.alerts
+
+manifests: $(STAMP) ## write what follows from the Helm chart again: its schema of settings, its copies of rules and dashboards, plain manifests
+	@$(BIN)/python k8s/render.py
 
 tools: $(TOOLS)/usr/bin/promtool ## Prometheus from Debian's package, unpacked into .tools, not installed: for the tests of alerts and panels
 

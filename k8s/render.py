@@ -39,7 +39,7 @@ SHARED_TEMPLATE, SHARED_SET, SHARED = "dashboards.yaml", "gpu-fleet", "dashboard
 
 # What the chart sets from a value of its own, or what has no meaning in a cluster.
 NOT_SERVING = ("host", "port", "replicas", "ingress_replicas", "topology", "local_direct", "model", "device", "gpus_per_replica",
-               "stop_timeout_s", "health_check_period_s", "autopilot", "keys_file")  # fmt: skip
+               "stop_timeout_s", "autopilot", "keys_file")  # fmt: skip
 NOT_ENGINE = ("model", "device")
 RECORDS: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "serveSettings": (DeploySettings, NOT_SERVING),

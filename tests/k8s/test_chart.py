@@ -164,8 +164,6 @@ TUNED = {
     "tunables.replicas": 3,
     "tunables.ingressReplicas": 3,
     "tunables.ongoingPerIngress": 99,
-    "tunables.healthCheckPeriodSeconds": 3,
-    "tunables.healthCheckTimeoutSeconds": 12,
     "tunables.autopilot": {"mode": "dry-run", "min_replicas": 2, "max_replicas": 7, "high_ratio": 0.9},
 }
 

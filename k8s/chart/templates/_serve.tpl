@@ -1,6 +1,8 @@
 {{/* serveConfigV2: what KubeRay sends to Ray Serve. Kept so that a change of `tunables` touches nothing that restarts a replica: Serve
 restarts all of an application's replicas when import_path, runtime_env, args or a router changes, and a deployment's when its
-ray_actor_options change; num_replicas, user_config, health checks and graceful shutdown change in place. */}}
+ray_actor_options change; num_replicas, user_config, health checks and graceful shutdown change in place. But whatever changes of a
+deployment, its number of replicas is set to num_replicas again, whatever an external scaler has made of it: so the only tunable of
+EngineReplica is that number itself. */}}
 {{- define "loopserve.serveConfig" -}}
 {{- $serving := .Values.serving -}}
 {{- $tunables := .Values.tunables -}}
@@ -35,8 +37,6 @@ applications:
         max_replicas_per_node: {{ . }}
         {{- end }}
         graceful_shutdown_timeout_s: {{ $serving.drainSeconds }}
-        health_check_period_s: {{ $tunables.healthCheckPeriodSeconds }}
-        health_check_timeout_s: {{ $tunables.healthCheckTimeoutSeconds }}
         ray_actor_options:
           num_cpus: {{ $serving.perReplica.cpus }}
           num_gpus: {{ $serving.perReplica.gpus }}
