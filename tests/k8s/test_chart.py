@@ -149,6 +149,7 @@ def test_settings_of_the_deployment_become_args_that_it_reads():
     values = changed(FLEET, "serving.settings", {"body_bytes_max": 16777216, "metrics": {"ray_export": True}})
     settings = DeploySettings.from_env({}, **serve_config(objects_of(values))["applications"][0]["args"])
     assert (settings.body_bytes_max, settings.metrics.ray_export, settings.stop_timeout_s) == (16777216, True, 120)
+    assert isinstance(settings.body_bytes_max, int)  # Helm's numbers are floats
     assert settings.keys_file == "/etc/loopserve/keys/keys.yaml"
 
 
@@ -157,6 +158,7 @@ def test_thresholds_of_the_autopilot_travel_as_user_config_only():
     application = serve_config(objects_of(values))["applications"][0]
     pilot = next(entry for entry in application["deployments"] if entry["name"] == "Autopilot")
     assert AutopilotSettings(**pilot["user_config"]).high_ratio == 0.9
+    assert isinstance(pilot["user_config"]["max_replicas"], int)
     assert "high_ratio" not in str(application["args"])
 
 
@@ -227,6 +229,18 @@ def test_the_grace_of_a_pod_follows_from_how_long_turns_may_take_to_end():
             "rayClusterConfig"
         ]
         assert cluster["workerGroupSpecs"][0]["template"]["spec"]["terminationGracePeriodSeconds"] >= drain + 30
+
+
+def test_only_workers_hold_the_hub_token_and_the_keys():
+    head, *workers = pods_of(FLEET)
+    assert "HF_TOKEN" not in str(head) and "loopserve-api-keys" not in str(head)
+    assert all("HF_TOKEN" in str(worker) and "loopserve-api-keys" in str(worker) for worker in workers)
+
+
+def pods_of(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pod templates, the head's first."""
+    cluster = only(objects_of(values), "RayService")["spec"]["rayClusterConfig"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
 def test_a_digest_wins_over_a_tag():

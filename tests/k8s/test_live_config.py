@@ -108,7 +108,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     inherited = {name: text for name, text in os.environ.items() if not name.startswith(("RAY_", "LOOPSERVE_"))}
     env = {
         **inherited,
-        **{entry["name"]: entry["value"] for entry in container["env"] if entry["name"] != "HF_HOME"},
+        **{entry["name"]: entry["value"] for entry in container["env"]},
         "RAY_AUTH_MODE": cluster["authOptions"]["mode"],
         "RAY_AUTH_TOKEN": token,
         "RAY_raylet_start_wait_time_s": "180",  # the machine may be busy

@@ -23,6 +23,13 @@ the head, the token, and (autoscaler v2) restartPolicy Never. */}}
 - name: RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY
   value: "1"
 {{- end }}
+{{- with .Values.cluster.env }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Of workers only: the head loads no model. */}}
+{{- define "loopserve.workerEnv" -}}
 - name: HF_HOME
   value: {{ .Values.cluster.modelCache.mountPath }}
 {{- with .Values.cluster.hubToken.secretName }}
@@ -31,9 +38,6 @@ the head, the token, and (autoscaler v2) restartPolicy Never. */}}
     secretKeyRef:
       name: {{ . }}
       key: {{ $.Values.cluster.hubToken.key }}
-{{- end }}
-{{- with .Values.cluster.env }}
-{{ toYaml . }}
 {{- end }}
 {{- end }}
 

@@ -29,7 +29,7 @@ applications:
         {{- end }}
     {{- end }}
     args:
-      {{- include "loopserve.args" . | nindent 6 }}
+      {{- include "loopserve.args" . | trim | nindent 6 }}
     deployments:
       - name: EngineReplica
         num_replicas: {{ $tunables.replicas | int }}
@@ -56,7 +56,7 @@ applications:
       {{- if $serving.autopilot }}
       - name: Autopilot
         user_config:
-          {{- toYaml $tunables.autopilot | nindent 10 }}
+          {{- include "loopserve.record" $tunables.autopilot | trim | nindent 10 }}
         ray_actor_options:
           num_cpus: 0.1
           resources: {loopserve_front: 0.001}
@@ -79,7 +79,14 @@ applications:
 {{- $_ := set $args "model" $serving.model -}}
 {{- $_ := set $args "device" $serving.device -}}
 {{- $_ := set $args "stop_timeout_s" $serving.drainSeconds -}}
-{{- toYaml $args -}}
+{{- include "loopserve.record" $args -}}
+{{- end }}
+
+{{/* A map, a line an entry. Values as JSON: Helm holds every number as a float, and YAML would write 8388608 as 8.388608e+06. */}}
+{{- define "loopserve.record" -}}
+{{- range $name, $value := . }}
+{{ $name }}: {{ toJson $value }}
+{{- end }}
 {{- end }}
 
 {{/* A setting as text: what is no text as JSON, as the engine reads it. */}}
