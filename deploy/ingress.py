@@ -355,7 +355,8 @@ def build_api(
         return await gateway.release(in_tenant(caller.tenant, cache_salt), name)
 
     if settings.observe:
-        sources = sources_of(settings, metrics_page.parts, gateway.sessions)
+        pilots = next((peer for origin, peer in peers if origin is Origin.AUTOPILOT), None)
+        sources = sources_of(settings, metrics_page.parts, gateway.sessions, pilots)
         api.include_router(observe_router(sources, doors.operator))
     return api
 

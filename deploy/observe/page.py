@@ -18,6 +18,7 @@ from typing import Annotated, Any, Protocol
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
+from deploy.fleet import Fleet
 from deploy.keys import Caller
 from deploy.observe.counting import Sample
 from deploy.observe.history import PrometheusHistory
@@ -27,6 +28,7 @@ from loopserve.errors import InvalidRequest, NotFound
 from monitoring.exposition import Part
 
 CONVERSATIONS_MAX = 200  # of one replica, those used last
+DECISIONS_MAX = 30
 
 _STATIC = Path(__file__).parent / "static"
 _PAGE = "observe.html"
@@ -57,7 +59,7 @@ class Sources:
 
     watcher: Watcher
     conversations: Conversations
-    autopilot: Callable[[], Awaitable[Mapping[str, Any] | None]]  # what `/v1/autopilot` says; None without one
+    autopilot: Callable[[], Awaitable[Mapping[str, Any] | None]]  # of what `/v1/autopilot` says; None without one
 
 
 def observe_router(sources: Sources, operator: Callable[[Request], Awaitable[Caller]]) -> APIRouter:
@@ -91,17 +93,18 @@ def sources_of(
     settings: DeploySettings,
     parts: Callable[[], Awaitable[Sequence[Part]]],
     conversations: Conversations,
-    autopilot: Callable[[], Awaitable[Mapping[str, Any] | None]] | None = None,
+    autopilot: Fleet | None,
 ) -> Sources:
-    """The page's data out of what the ingress has: the parts of its metrics page, and where there is a Prometheus, the past."""
+    """The page's data out of what the ingress has. `parts` are those of its metrics page; a Prometheus tells the past."""
 
     async def read() -> list[Sample]:
         return samples_of(await parts())
 
-    async def none() -> None:
-        return None
+    async def overview() -> Mapping[str, Any] | None:
+        replies = {} if autopilot is None else (await autopilot.ask("overview")).by_replica
+        return next((_pilot(told) for told in replies.values()), None)
 
-    return Sources(Watcher(read, PrometheusHistory.of(settings.autopilot)), conversations, autopilot or none)
+    return Sources(Watcher(read, PrometheusHistory.of(settings.autopilot)), conversations, overview)
 
 
 def samples_of(parts: Sequence[Part]) -> list[Sample]:
@@ -146,6 +149,12 @@ def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
                 {name: view[name] for name in ("id", "num_tokens", "num_turns", "is_active", "idle_s")}
             )
     return {"conversations": by_replica, "silent": found["silent"]}
+
+
+def _pilot(overview: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of `/v1/autopilot`."""
+    shown = {name: overview[name] for name in ("mode", "holding", "last")}
+    return {**shown, "decisions": overview["decisions"][:DECISIONS_MAX]}
 
 
 def _finite(value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from deploy.observe.counting import CountKey, Counts, Odometer, SampleLike, difference, quantile
 from monitoring.catalogue import (
     AUTOPILOT_BUDGET_WANTED,
+    AUTOPILOT_DECISIONS,
     AUTOPILOT_REPLICAS_READY,
     AUTOPILOT_REPLICAS_WANTED,
     BUDGET_CEILING,
@@ -46,7 +47,7 @@ _PHASES = ("prefill", "decode")  # counted with every step; generated tokens cou
 _GAUGES = (
     *(KV_BYTES, KV_CAPACITY, BUDGET_IN_FORCE, BUDGET_CEILING, BUDGET_FLOOR, BUDGET_MAX, BUILD_INFO, REPLICA_UP),
     *(TURNS_RUNNING, TURNS_WAITING, SESSIONS),
-    *(AUTOPILOT_REPLICAS_WANTED, AUTOPILOT_REPLICAS_READY, AUTOPILOT_BUDGET_WANTED),
+    *(AUTOPILOT_DECISIONS, AUTOPILOT_REPLICAS_WANTED, AUTOPILOT_REPLICAS_READY, AUTOPILOT_BUDGET_WANTED),
 )
 COUNTED_SERIES = frozenset({_TTFT_BUCKETS, *(metric.name for metric in _COUNTED)})
 WATCHED_SERIES = COUNTED_SERIES | {metric.name for metric in _GAUGES}  # all that a moment is made of
@@ -96,14 +97,14 @@ def read_moment(unix_time: float, samples: Iterable[SampleLike], odometer: Odome
         if replica := sample.labels.get(Origin.ENGINE, ""):
             by_replica.setdefault(replica, []).append(sample)
     counted = [sample for sample in watched if sample.name in COUNTED_SERIES]
-    wanted = _largest(watched, AUTOPILOT_REPLICAS_WANTED)
+    has_decided = bool(_largest(watched, AUTOPILOT_DECISIONS))  # its gauges are 0 before
     return Moment(
         unix_time=unix_time,
         model=next((s.labels.get("model_name", "") for s in watched if s.name == BUILD_INFO.name), ""),
         replicas=tuple(_replica(name, by_replica[name]) for name in sorted(by_replica)),
-        replicas_wanted=wanted or None,  # an autopilot that has not decided yet reports 0
-        replicas_ready=_largest(watched, AUTOPILOT_REPLICAS_READY) if wanted else None,
-        budget_wanted_tokens=_largest(watched, AUTOPILOT_BUDGET_WANTED) or None,
+        replicas_wanted=_largest(watched, AUTOPILOT_REPLICAS_WANTED) if has_decided else None,
+        replicas_ready=_largest(watched, AUTOPILOT_REPLICAS_READY) if has_decided else None,
+        budget_wanted_tokens=_largest(watched, AUTOPILOT_BUDGET_WANTED) if has_decided else None,
         counts=odometer.read(counted, source_label=Origin.ENGINE),
     )
 

@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from local_fleet import LocalFleet, client_of
 
 from deploy.autopilot.settings import AutopilotSettings
+from deploy.fleet import Replies
 from deploy.keys import hash_key, new_key
+from deploy.metrics_page import IngressMetrics, MetricsPage
 from deploy.observe import watcher as watching
 from deploy.observe.counting import CountKey, Odometer, Sample, difference, quantile
 from deploy.observe.demo import TALK, demo_settings
 from deploy.observe.history import PrometheusHistory, by_time
 from deploy.observe.local_prometheus import local_prometheus
-from deploy.observe.page import samples_of
+from deploy.observe.page import DECISIONS_MAX, samples_of, sources_of
 from deploy.observe.state import KINDS, TURN_LABELS, WATCHED_SERIES, first_token_times, now, point, read_moment
 from deploy.observe.watcher import Watcher
 from deploy.settings import DeploySettings
@@ -155,6 +157,7 @@ def test_a_moment_holds_each_replicas_pool_and_budget():
 
 def test_an_autopilot_that_has_decided_shows_what_it_wants():
     fleet = Fleet("a")
+    fleet.autopilot.inc(c.AUTOPILOT_DECISIONS, action="add")
     fleet.autopilot.set(c.AUTOPILOT_REPLICAS_WANTED, 3)
     fleet.autopilot.set(c.AUTOPILOT_REPLICAS_READY, 1)
     moment = read_moment(10.0, fleet.samples(), Odometer())
@@ -429,6 +432,28 @@ async def test_the_state_shows_who_lives_where():
     )
     assert [replica["name"] for replica in state["replicas"]] == ["a", "b"]
     assert state["autopilot"] is None and state["silent"] == []
+
+
+class Pilots:
+    """An autopilot that has decided more than a page shows."""
+
+    async def ask(self, question: str, *args: Any) -> Replies[Any]:
+        assert (question, args) == ("overview", ())
+        decisions = [{"unix_time": float(number), "actions": ["tighten"], "reason": "full"} for number in range(50)]
+        told = {"mode": "on", "holding": None, "last": decisions[0], "decisions": decisions, "settings": {"secret": 1}}
+        return Replies({"p": told}, ())
+
+
+async def test_the_autopilots_last_decisions_come_with_the_state():
+    fleet = observed()
+    page = MetricsPage(IngressMetrics(), {Origin.ENGINE: fleet})
+
+    async def nobody(_: str) -> dict[str, Any]:
+        return {"data": [], "silent": []}
+
+    told = await sources_of(fleet.settings, page.parts, nobody, Pilots()).autopilot()
+    assert told is not None and set(told) == {"mode", "holding", "last", "decisions"}
+    assert [decision["unix_time"] for decision in told["decisions"]] == [float(n) for n in range(DECISIONS_MAX)]
 
 
 async def test_a_silent_replica_is_named():

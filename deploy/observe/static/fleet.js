@@ -25,9 +25,10 @@ import { KINDS } from "./charts.js";
  * @property {boolean} has_history
  * @property {import("./timeline.js").Point[]} points
  * @property {Record<string, {num: number, shown: Conversation[]}>} conversations
- * @property {{mode?: string, decisions?: Decision[]} | null} autopilot
+ * @property {{mode: string, holding: {cause: string, detail: string} | null, last: Decision | null, decisions: Decision[]} | null} autopilot
  */
-/** @typedef {{at: number, action: string, reason: string, detail?: string}} Decision */
+/** @typedef {{unix_time: number, actions: string[], reason: string, cause: string | null, budget_ceiling_tokens: number | null,
+ *    replicas: number}} Decision */
 
 const CELLS_MAX = 90; // of one replica
 const FULL_TOKENS = 2048; // a cell is full from here on; square root below, so that short conversations differ
@@ -204,22 +205,31 @@ export function showFirstTokens(state) {
 }
 
 /**
- * The autopilot's decisions, newest first.
+ * The autopilot's decisions, newest first, and what it has to say now.
  * @param {State} state
  */
 export function showDecisions(state) {
+  const pilot = state.autopilot;
   const list = byId("decisions");
-  const decisions = state.autopilot?.decisions ?? [];
-  setText(byId("pilot-note"), state.autopilot ? `${state.autopilot.mode ?? ""}` : "off");
-  const key = JSON.stringify(decisions);
+  const decisions = pilot?.decisions ?? [];
+  setText(byId("pilot-note"), pilot ? saidNow(pilot) : "off");
+  const key = JSON.stringify([pilot === null, decisions]);
   if (list.dataset.shown === key) return;
   list.dataset.shown = key;
   if (decisions.length === 0) {
-    const why = state.autopilot ? "It has decided nothing yet." : "There is none: budget and replicas stay as they are set.";
+    const why = pilot ? "It has decided nothing yet." : "There is none: budget and replicas stay as they are set.";
     list.replaceChildren(html("li", { class: "plain" }, why));
     return;
   }
   list.replaceChildren(...decisions.map((decision) =>
-    html("li", {}, html("time", {}, clock(decision.at)), html("span", { class: "act" }, decision.action),
+    html("li", {}, html("time", {}, clock(decision.unix_time)), html("span", { class: "act" }, decision.actions.join(" + ")),
       html("span", {}, decision.reason))));
+}
+
+/** @param {NonNullable<State["autopilot"]>} pilot */
+function saidNow(pilot) {
+  if (pilot.holding) return `${pilot.mode}, holds: ${pilot.holding.cause}`;
+  if (!pilot.last) return pilot.mode;
+  const budget = pilot.last.budget_ceiling_tokens === null ? "no ceiling" : `${number(pilot.last.budget_ceiling_tokens)} tokens`;
+  return `${pilot.mode}; wants ${budget}, ${number(pilot.last.replicas)} replicas`;
 }
