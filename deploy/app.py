@@ -6,19 +6,24 @@ Importable by a cluster's YAML as `deploy.app:application`; a local run is `depl
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
+from deploy.autopilot.deployment import Autopilot
+from deploy.autopilot.settings import PilotMode
 from deploy.backend import REAL_BACKEND, BackendFactory
 from deploy.deployments import EngineReplica, Ingress
 from deploy.settings import DeploySettings
 from loopserve.config import EngineConfig
+from loopserve.errors import ConfigError
 
 APP_NAME = "loopserve"
 ENGINE_DEPLOYMENT = "EngineReplica"
 INGRESS_DEPLOYMENT = "Ingress"
+AUTOPILOT_DEPLOYMENT = "Autopilot"
 
 _ONGOING_SLACK = (
     64  # the engine's own limits must be met first: it answers 429 with a reason, Serve would only move requests around
@@ -43,6 +48,7 @@ def build_app(
     """
     config = engine_config or engine_config_for(settings)
     turns_max = config.max_running_turns + config.max_waiting_turns + _ONGOING_SLACK
+    autopilot = _autopilot(settings)
     engine_options: dict[str, Any] = {
         "name": ENGINE_DEPLOYMENT,
         "num_replicas": settings.replicas,
@@ -63,7 +69,7 @@ def build_app(
         ),
     }
     door_options: dict[str, Any] = {
-        "max_ongoing_requests": turns_max * settings.replicas,
+        "max_ongoing_requests": turns_max * most_replicas(settings),
         "ray_actor_options": {"num_cpus": 0},
         "graceful_shutdown_timeout_s": settings.stop_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.1,
@@ -71,12 +77,49 @@ def build_app(
     if settings.topology == "direct":
         from deploy.direct import direct_app  # Serve's private hook: only where it was asked for
 
-        return direct_app(settings, config, factory, engine_options=engine_options, router_options=door_options)
+        return direct_app(
+            settings, config, factory, engine_options=engine_options, router_options=door_options, autopilot=autopilot
+        )
     engines = serve.deployment(EngineReplica).options(**engine_options)
     ingress = serve.deployment(Ingress).options(
         name=INGRESS_DEPLOYMENT, num_replicas=settings.ingress_replicas, **door_options
     )
-    return ingress.bind(engines.bind(settings, config, factory), settings)
+    return ingress.bind(engines.bind(settings, config, factory), settings, autopilot)
+
+
+def has_autopilot(settings: DeploySettings) -> bool:
+    """Whether one is deployed. It then needs Serve's external scaler, and may be switched off and on while it runs."""
+    return settings.autopilot.mode != PilotMode.OFF
+
+
+def most_replicas(settings: DeploySettings) -> int:
+    """How many replicas there may come to be."""
+    return max(settings.replicas, settings.autopilot.max_replicas) if has_autopilot(settings) else settings.replicas
+
+
+def _autopilot(settings: DeploySettings) -> serve.Application | None:
+    """The autopilot beside the engines; its settings change in place, by `user_config`. Raises ConfigError."""
+    if not has_autopilot(settings):
+        return None
+    pilot = settings.autopilot
+    if not pilot.min_replicas <= settings.replicas <= pilot.max_replicas:
+        raise ConfigError(
+            f"replicas is {settings.replicas}, the autopilot may choose {pilot.min_replicas} to {pilot.max_replicas}; set REPLICAS, "
+            "LOOPSERVE_AUTOPILOT__MIN_REPLICAS and LOOPSERVE_AUTOPILOT__MAX_REPLICAS so that it can begin"
+        )
+    is_direct = settings.topology == "direct"
+    if is_direct and pilot.min_replicas == 0:
+        raise ConfigError("topology 'direct' cannot go to zero: nobody would be there to answer; set min_replicas to 1")
+    deployment = serve.deployment(Autopilot).options(
+        name=AUTOPILOT_DEPLOYMENT,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        user_config=asdict(pilot),
+        health_check_period_s=settings.health_check_period_s,
+        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_wait_loop_s=0.1,
+    )
+    return deployment.bind(settings, engines=ENGINE_DEPLOYMENT, ingresses=None if is_direct else INGRESS_DEPLOYMENT)
 
 
 def engine_config_for(settings: DeploySettings) -> EngineConfig:

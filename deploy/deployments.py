@@ -117,13 +117,17 @@ class EngineReplica:
 class Ingress:
     """The HTTP surface in one process."""
 
-    def __init__(self, engines: DeploymentHandle, settings: DeploySettings) -> None:
+    def __init__(
+        self, engines: DeploymentHandle, settings: DeploySettings, autopilot: DeploymentHandle | None = None
+    ) -> None:
         context = serve.get_replica_context()
         self._metrics = IngressMetrics(context.replica_id.unique_id)
         Decisions.listener = self._metrics.decided
         self._fleet = RayFleet(engines, ask_timeout_s=settings.ask_timeout_s)
         own = serve.get_deployment_handle(context.deployment, app_name=context.app_name)
         self._peers = [(Origin.INGRESS, RayFleet(own, ask_timeout_s=settings.ask_timeout_s))]
+        if autopilot is not None:
+            self._peers.append((Origin.AUTOPILOT, RayFleet(autopilot, ask_timeout_s=settings.ask_timeout_s)))
         self._settings = settings
         self._tracing = open_tracing(settings.tracing, instance=self._metrics.name)
 
@@ -134,6 +138,10 @@ class Ingress:
     async def ingress_metrics(self) -> tuple[str, Families]:
         """Everything counted here, for a page that another ingress makes."""
         return self._metrics.name, self._metrics.families()
+
+    async def in_flight(self) -> tuple[str, int]:
+        """Completion requests that are being answered here: while there are any, the last replica stays."""
+        return self._metrics.name, self._metrics.in_flight
 
     async def __del__(self) -> None:
         """Called by Serve when ongoing requests have ended or their time is over."""

@@ -70,10 +70,11 @@ def direct_app(
     *,
     engine_options: Mapping[str, Any],
     router_options: Mapping[str, Any],
+    autopilot: serve.Application | None = None,
 ) -> serve.Application:
     """The application, not yet deployed; the options are those of its two deployments. Raises ConfigError."""
     check_environment()
-    engines = serve.deployment(DirectReplica).options(**engine_options).bind(settings, config, factory)
+    engines = serve.deployment(DirectReplica).options(**engine_options).bind(settings, config, factory, autopilot)
     router = serve.deployment(SessionRouter).options(name=ROUTER_DEPLOYMENT, **router_options)
     application: serve.Application = engines._with_ingress_request_router(router.bind(engines, settings))
     return application
@@ -83,20 +84,29 @@ def direct_app(
 class DirectReplica(EngineReplica):
     """One engine with the HTTP surface of the whole application. A subclass, because Serve broadcasts to methods by name."""
 
-    def __init__(self, settings: DeploySettings, config: EngineConfig, factory: str | BackendFactory) -> None:
+    def __init__(
+        self,
+        settings: DeploySettings,
+        config: EngineConfig,
+        factory: str | BackendFactory,
+        autopilot: DeploymentHandle | None = None,
+    ) -> None:
         super().__init__(settings, config, factory)
-        self._settings = settings
+        self._settings, self._autopilot = settings, autopilot
         self._ingress_metrics = IngressMetrics(self._name)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
         replicas = self._all_of(serve.get_replica_context().deployment)
+        peers = [(Origin.INGRESS, replicas), (Origin.INGRESS, self._all_of(ROUTER_DEPLOYMENT))]
+        if self._autopilot is not None:
+            peers.append((Origin.AUTOPILOT, RayFleet(self._autopilot, ask_timeout_s=self._settings.ask_timeout_s)))
         return build_api(
             OwnFleet(self._name, self._replica, replicas),
             self._settings,
             routed_headers=ROUTED_HEADERS,
             metrics=self._ingress_metrics,
-            peers=[(Origin.INGRESS, replicas), (Origin.INGRESS, self._all_of(ROUTER_DEPLOYMENT))],
+            peers=peers,
             tracing=self._tracing,
         )
 

@@ -41,6 +41,7 @@ from deploy.observe.page import observe_router, sources_of
 from deploy.protocol import CompletionCall, Endpoint, parse_chat, parse_text
 from deploy.settings import DeploySettings
 from deploy.tracing import TracedFleet, TracedRequests
+from deploy.waking import Autopilots
 from loopserve.errors import EngineUnavailable, LoopServeError, NotFound
 from monitoring.catalogue import KEYS_RELOAD_FAILED, REQUEST_RETRIES, Origin
 from monitoring.exposition import CONTENT_TYPE
@@ -97,12 +98,14 @@ class Gateway:
         *,
         metrics: IngressMetrics,
         routed_headers: frozenset[str] | None = None,
+        autopilots: Autopilots,
         tracing: Tracing | None = None,
     ) -> None:
         self._fleet = fleet
         self._settings = settings
         self._metrics = metrics
         self._routed_headers = routed_headers
+        self._autopilots = autopilots
         self._tracing = tracing
         self._limiter = Limiter(num_processes=settings.num_doors)
         self._model = ""  # asked for once: it does not change while the application lives
@@ -112,6 +115,7 @@ class Gateway:
         body = await _read(request, self._settings.body_bytes_max)
         parse = parse_chat if endpoint is Endpoint.CHAT else parse_text
         parsed = with_max_tokens(parse(body, branches_max=self._settings.branches_max), caller.limits)
+        await self._autopilots.find_replica()
         await self._check_model(parsed.model)
         call, key = self._call(parsed, request, caller)
         admission = self._limiter.admit(caller, parsed)
@@ -150,9 +154,11 @@ class Gateway:
         ]
 
     async def ready(self) -> dict[str, Any]:
-        """Which replicas can answer, and with what. Raises EngineUnavailable where none can."""
+        """Which replicas can answer, and with what; a fleet asleep is ready, too. Raises EngineUnavailable where none can."""
         replies: Replies[ReplicaStatus] = await self._fleet.ask("status")
         alive = {status.replica: status.model for status in replies.by_replica.values() if status.alive}
+        if not alive and await self._autopilots.is_asleep():
+            return {"status": "asleep", "models": [self._model] if self._model else [], "replicas": [], "silent": []}
         if not alive:
             raise EngineUnavailable("No replica has loaded the model yet; try again shortly.")
         models = sorted(set(alive.values()))
@@ -234,6 +240,7 @@ class Gateway:
     async def _begun(self, items: AsyncGenerator[Item, None], admission: Admission) -> _Opened:
         accepted = await _next(items, self._settings.admission_timeout_s, "No place in the batch came free")
         if isinstance(accepted, Accepted):
+            self._autopilots.met()
             admission.accept(accepted.prompt_tokens)
             first = await _next(items, self._settings.idle_timeout_s, "No part of the answer came")
             if isinstance(first, bytes):
@@ -297,7 +304,11 @@ def build_api(
     metrics = metrics or IngressMetrics()
     if tracing is not None:
         fleet = TracedFleet(fleet, tracing, routes=routed_headers is None)
-    gateway = Gateway(fleet, settings, routed_headers=routed_headers, metrics=metrics, tracing=tracing)
+    pilots = next((peer for origin, peer in peers if origin is Origin.AUTOPILOT), None)
+    autopilots = Autopilots(fleet, pilots, settings)
+    gateway = Gateway(
+        fleet, settings, routed_headers=routed_headers, metrics=metrics, autopilots=autopilots, tracing=tracing
+    )
     metrics_page = MetricsPage(metrics, [(Origin.ENGINE, fleet), *peers])
     api = FastAPI(
         title="LoopServe", docs_url=None, redoc_url=None, openapi_url=None if settings.keys_file else "/openapi.json"
@@ -342,6 +353,10 @@ def build_api(
         metrics.sink.set(KEYS_RELOAD_FAILED, float(doors.keys_reload_failed))
         return Response(await metrics_page.render(), media_type=CONTENT_TYPE)
 
+    @api.get("/v1/autopilot", dependencies=[Depends(doors.operator)])
+    async def autopilot() -> dict[str, Any]:
+        return await autopilots.overview()
+
     @api.get("/v1/sessions")
     async def sessions(caller: User, cache_salt: str = "") -> dict[str, Any]:
         return await gateway.sessions(in_tenant(caller.tenant, cache_salt))
@@ -355,7 +370,6 @@ def build_api(
         return await gateway.release(in_tenant(caller.tenant, cache_salt), name)
 
     if settings.observe:
-        pilots = next((peer for origin, peer in peers if origin is Origin.AUTOPILOT), None)
         sources = sources_of(settings, metrics_page.parts, gateway.sessions, pilots)
         api.include_router(observe_router(sources, doors.operator))
     return api

@@ -25,7 +25,7 @@ import ray
 from ray import serve
 
 import loopserve.errors
-from deploy.app import APP_NAME, ENGINE_DEPLOYMENT, build_app
+from deploy.app import APP_NAME, ENGINE_DEPLOYMENT, build_app, has_autopilot, most_replicas
 from deploy.backend import REAL_BACKEND, BackendFactory
 from deploy.deployments import START_FAILED
 from deploy.keys import load_keys
@@ -95,7 +95,7 @@ def run(
         app = build_app(local, engine_config=engine_config, factory=factory)
         on_event(RunEvent(Stage.LOADING, f"loading {settings.replicas} replica(s)"))
         serve.run_many(
-            [serve.RunTarget(app, name=APP_NAME, route_prefix="/")],
+            [serve.RunTarget(app, name=APP_NAME, route_prefix="/", external_scaler_enabled=has_autopilot(settings))],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
@@ -229,7 +229,7 @@ def _shared_gpus(settings: DeploySettings) -> float | None:
     """Replicas of one machine share the GPUs that Ray found."""
     if settings.gpus_per_replica is not None or settings.device == "cpu":
         return settings.gpus_per_replica
-    return min(1.0, float(ray.cluster_resources().get("GPU", 0.0)) / settings.replicas)
+    return min(1.0, float(ray.cluster_resources().get("GPU", 0.0)) / most_replicas(settings))
 
 
 @contextmanager

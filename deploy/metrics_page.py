@@ -30,6 +30,7 @@ class IngressMetrics:
     def __init__(self, name: str = "local") -> None:
         self.name = name
         self.sink = PrometheusSink(_INGRESS_METRICS)
+        self.in_flight = 0  # completion requests
 
     def decided(self, reason: str, duration_s: float) -> None:
         """The router made a decision."""
@@ -50,8 +51,8 @@ class RequestCounter:
 
     def __init__(self, app: ASGIApp, *, metrics: IngressMetrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._sink = metrics.sink
-        self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -79,8 +80,8 @@ class RequestCounter:
             self._sink.inc(c.REQUESTS, route=_route(scope), status=str(status or 499))  # 499: gone before an answer
 
     def _count_in_flight(self, change: int) -> None:
-        self._in_flight += change
-        self._sink.set(c.REQUESTS_IN_FLIGHT, self._in_flight)
+        self._metrics.in_flight += change
+        self._sink.set(c.REQUESTS_IN_FLIGHT, self._metrics.in_flight)
 
 
 class MetricsPage:

@@ -71,6 +71,10 @@ class Autopilot:
         """A request found no replica; whether one will come."""
         return self._name, self._pilot.wake()
 
+    async def can_wake(self) -> tuple[str, bool]:
+        """Whether a fleet without replicas is only asleep."""
+        return self._name, self._pilot.can_wake
+
     async def overview(self) -> tuple[str, dict[str, Any]]:
         """What `GET /v1/autopilot` shows."""
         return self._name, self._teller.overview(self._pilot.settings, settings_error=self._settings_error)

@@ -88,13 +88,17 @@ class Pilot:
         self._settings = settings
         self._alarm.set()
 
+    @property
+    def can_wake(self) -> bool:
+        """Whether a fleet without replicas may be one that sleeps."""
+        return self._settings.mode == PilotMode.ON and self._settings.min_replicas == 0
+
     def wake(self) -> bool:
         """A request has found no replica. Whether one will come."""
-        if self._settings.mode != PilotMode.ON or self._settings.min_replicas > 0:
-            return False
-        self._is_woken = True
-        self._alarm.set()
-        return True
+        if self.can_wake:
+            self._is_woken = True
+            self._alarm.set()
+        return self.can_wake
 
     def silent_s(self) -> float:
         """Since the last round ended."""
