@@ -16,6 +16,7 @@ from monitoring.tracing import TracingSettings
 
 ENV_PREFIX = "LOOPSERVE_"
 ENGINE_PREFIX = "LOOPSERVE_ENGINE_"  # belongs to EngineConfig
+CLIENT_NAMES = ("LOOPSERVE_API_KEY",)  # of the command line's clients; a shell may have them and start a server
 TOPOLOGIES = ("two_hop", "direct")
 PLAIN_NAMES = ("host", "port", "replicas", "model", "device")  # also read without prefix, as the Makefile passes them
 
@@ -81,7 +82,8 @@ class DeploySettings:
 
         Raises ConfigError for an unknown or malformed setting.
         """
-        env = os.environ if environ is None else environ
+        given = os.environ if environ is None else environ
+        env = {name: text for name, text in given.items() if name not in CLIENT_NAMES}
         plain = {name: env[name.upper()] for name in PLAIN_NAMES if env.get(name.upper(), "")}
         values = {name: read_setting(cls, name, text, name.upper()) for name, text in plain.items()}
         prefixed = read_environment(cls, env, prefix=ENV_PREFIX, excluded_prefix=ENGINE_PREFIX)

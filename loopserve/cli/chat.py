@@ -151,11 +151,14 @@ def chat(
     session: Annotated[
         str | None, typer.Option(help="Name of the session; the conversation itself if not given.")
     ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LOOPSERVE_API_KEY", show_default=False, help="For a server that asks for keys.")
+    ] = None,
 ) -> None:
     """Talk to a running server, here in the terminal. Reads lines from a pipe as well."""
     options = ChatOptions(model=model, mode=mode, budget_tokens=budget, min_coverage=min_coverage, session_id=session)
     notes = Console(stderr=True, soft_wrap=True)
-    with ChatClient(url) as client:
+    with ChatClient(url, api_key=api_key) as client:
         name = model or client.served_model()
         at_terminal = sys.stdin.isatty()
         if at_terminal:

@@ -62,11 +62,12 @@ class TurnSummary:
 class ChatClient:
     """Speaks to one server. Not for more than one thread."""
 
-    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         """`url` is the server's root, with or without `/v1`. `transport` stands in for the network in tests."""
         self.url = url.rstrip("/").removesuffix("/v1")
         timeout = httpx.Timeout(SILENCE_S_MAX, connect=CONNECT_S_MAX)
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, transport=transport)
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, transport=transport)
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ from deploy.ingress import build_api
 from deploy.keys import KeyEntry, KeyRing, Role, hash_key, load_keys, new_key, parse_keys
 from deploy.settings import DeploySettings
 from loopserve.cli import app
+from loopserve.cli.client import ChatClient
 from loopserve.errors import ConfigError
 
 CHAT = "/v1/chat/completions"
@@ -387,3 +388,23 @@ def test_list_and_check_show_who_and_never_a_hash(tmp_path: Path):
     assert keys_command("check", "--file", str(path)) == (0, "2 keys of 1 tenant, 1 of them valid now\n")
     path.write_text("keys: 3")
     assert keys_command("check", "--file", str(path))[0] != 0
+
+
+def test_the_terminals_client_sends_its_key():
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(200, json={"data": [{"id": MODEL}]})
+
+    for key in ("mine", None):
+        with ChatClient("http://test", api_key=key, transport=httpx.MockTransport(answer)) as client:
+            assert client.served_model() == MODEL
+    assert [request.headers.get("authorization") for request in seen] == ["Bearer mine", None]
+
+
+def test_a_shell_with_a_clients_key_may_start_a_server():
+    env = {"LOOPSERVE_API_KEY": "mine", "LOOPSERVE_KEYS_FILE": "/keys", "LOOPSERVE_OPEN_METRICS": "true"}
+    settings = DeploySettings.from_env(env)
+    assert (settings.keys_file, settings.open_metrics) == ("/keys", True)
+    assert "mine" not in repr(settings)
