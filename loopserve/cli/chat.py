@@ -152,7 +152,8 @@ def chat(
         str | None, typer.Option(help="Name of the session; the conversation itself if not given.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LOOPSERVE_API_KEY", show_default=False, help="For a server that asks for keys.")
+        str | None,
+        typer.Option(envvar="LOOPSERVE_API_KEY", show_default=False, help="For a server that asks for keys."),
     ] = None,
 ) -> None:
     """Talk to a running server, here in the terminal. Reads lines from a pipe as well."""
