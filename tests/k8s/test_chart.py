@@ -99,6 +99,12 @@ def test_values_that_do_not_fit_together_are_refused_with_a_way_out(path: str, v
     assert said in str(refused.value)
 
 
+def test_a_fleet_without_an_ingress_cannot_go_to_zero():
+    direct = changed(changed(FLEET, "serving.topology", "direct"), "tunables.autopilot.min_replicas", 0)
+    with pytest.raises(HelmError, match="nobody would be there to answer"):
+        script.render(direct)
+
+
 def test_a_release_name_that_kuberay_would_cut_is_refused():
     with pytest.raises(HelmError, match="has 48 characters; KubeRay allows 47"):
         script.render({}, name="l" * 48)
@@ -164,7 +170,6 @@ def test_thresholds_of_the_autopilot_travel_as_user_config_only():
 
 TUNED = {
     "tunables.replicas": 3,
-    "tunables.ingressReplicas": 3,
     "tunables.ongoingPerIngress": 99,
     "tunables.autopilot": {"mode": "dry-run", "min_replicas": 2, "max_replicas": 7, "high_ratio": 0.9},
 }
@@ -202,6 +207,7 @@ def test_every_tunable_is_tried():
     [
         ("serving.settings", {"admission_timeout_s": 30}),
         ("serving.engine", {"seed": 1}),
+        ("serving.ingressReplicas", 3),
         ("serving.model", "other/model"),
     ],
 )

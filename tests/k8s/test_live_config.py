@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from rendering import changed, objects_of, only, script, serve_config
+from rendering import ROOT, changed, objects_of, only, script, serve_config
 
 pytestmark = pytest.mark.serve
 
@@ -24,8 +25,13 @@ APPLICATIONS = "/api/serve/applications/"
 SCALE = "/api/v1/applications/loopserve/deployments/EngineReplica/scale"
 START_LIMIT_S = 480.0  # loads a model three times; generous, because the machine may be busy
 LIMIT_S = 60.0
-DEPLOYMENTS = ("EngineReplica", "Ingress")
-DEMO: dict[str, Any] = changed(script.read_values("cpu-demo"), "tunables.replicas", 1)
+VARIABLE = "K8S_TESTS_TOPOLOGY"
+TOPOLOGY = os.environ.get(VARIABLE, "two_hop")
+FRONT = "SessionRouter" if TOPOLOGY == "direct" else "Ingress"
+DEPLOYMENTS = ("EngineReplica", FRONT, "Autopilot")
+DEMO: dict[str, Any] = changed(
+    changed(script.read_values("cpu-demo"), "tunables.replicas", 1), "serving.topology", TOPOLOGY
+)
 
 
 @dataclass
@@ -40,11 +46,8 @@ class Head:
     def put(self, values: dict[str, Any], **engine_options: Any) -> None:
         """As the operator does; only the address differs, so that nothing outside of this machine reaches it."""
         config = serve_config(objects_of(values))
-        config["http_options"] = {"host": "127.0.0.1", "port": self.port}
+        config["http_options"] |= {"host": "127.0.0.1", "port": self.port}
         config["applications"][0]["deployments"][0].update(engine_options)
-        config["applications"][0]["deployments"] = [
-            entry for entry in config["applications"][0]["deployments"] if entry["name"] in DEPLOYMENTS
-        ]
         self.rest.put(APPLICATIONS, json=config).raise_for_status()
 
     def application(self) -> dict[str, Any]:
@@ -63,6 +66,12 @@ class Head:
 
     def settled(self) -> bool:
         return self.application().get("status") == "RUNNING"
+
+    def is_ready(self) -> bool:
+        try:
+            return self.http.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def say(self, text: str) -> tuple[dict[str, Any], str]:
         """One more turn of one conversation: its usage, and the replica that answered."""
@@ -101,7 +110,17 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def haproxy_files() -> Iterator[dict[str, str]]:
+    """Where HAProxy of topology direct keeps its files, apart from others on this machine; nothing in two_hop."""
+    from benchmarks.cluster.own_network import direct_environment
+
+    with tempfile.TemporaryDirectory(prefix="hap-", dir="/tmp") as folder:  # sockets allow 107 characters
+        found = direct_environment(Path(folder)) if TOPOLOGY == "direct" else {}
+        yield {name: text for name, text in found.items() if "HAPROXY" in name}
+
+
+@pytest.fixture(scope="module")
+def head(haproxy_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     cluster = only(objects_of(DEMO), "RayService")["spec"]["rayClusterConfig"]
     container = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     token = secrets.token_hex(32)
@@ -109,6 +128,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     env = {
         **inherited,
         **{entry["name"]: entry["value"] for entry in container["env"]},
+        **haproxy_files,
         "RAY_AUTH_MODE": cluster["authOptions"]["mode"],
         "RAY_AUTH_TOKEN": token,
         "RAY_raylet_start_wait_time_s": "180",  # the machine may be busy
@@ -131,7 +151,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         ):
             found = Head(rest, http, port)
             found.put(DEMO)
-            wait_for(found.settled, START_LIMIT_S)
+            wait_for(lambda: found.settled() and found.is_ready(), START_LIMIT_S)
             yield found
     finally:
         process.stdin.close()
@@ -163,7 +183,8 @@ def test_neither_the_same_configuration_nor_other_tunables_cost_a_conversation_i
     head.put(DEMO)  # what a restarted operator does
     tuned = changed(changed(DEMO, "tunables.ongoingPerIngress", 5000), "tunables.autopilot.high_ratio", 0.9)
     head.put(tuned)
-    wait_for(lambda: head.option("Ingress", "max_ongoing_requests") == 5000 and head.settled())
+    wait_for(lambda: head.option(FRONT, "max_ongoing_requests") == 5000 and head.settled())
+    wait_for(lambda: head.http.get("/v1/autopilot").json()["settings"]["high_ratio"] == 0.9)
     head.put(changed(tuned, "tunables.replicas", 2))
     wait_for(lambda: head.option("EngineReplica", "num_replicas") == 2 and head.settled())
 
@@ -182,3 +203,24 @@ def test_any_other_option_of_a_deployment_sets_its_number_of_replicas_again(head
     wait_for(lambda: len(head.replicas("EngineReplica")) == 2 and head.settled(), START_LIMIT_S)
     head.put(DEMO, health_check_period_s=3)
     wait_for(lambda: len(head.replicas("EngineReplica")) == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TOPOLOGY == "direct", reason="is what runs inside")
+def test_the_same_holds_in_topology_direct():
+    """In a network of its own: HAProxy and the replicas listen on every interface."""
+    from benchmarks.cluster.own_network import in_own_network, why_not
+
+    if why_not():
+        pytest.skip(str(why_not()))
+    pytest_again = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "serve", str(Path(__file__))]
+    done = subprocess.run(
+        in_own_network(pytest_again),
+        cwd=ROOT,
+        env={**os.environ, VARIABLE: "direct"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "4 passed" in done.stdout

@@ -43,10 +43,11 @@ applications:
           resources: {loopserve_engine: 0.001}
       {{- if eq $serving.topology "direct" }}
       - name: SessionRouter
+        max_ongoing_requests: {{ $tunables.ongoingPerIngress | int }}
         graceful_shutdown_timeout_s: {{ $serving.drainSeconds }}
       {{- else }}
       - name: Ingress
-        num_replicas: {{ $tunables.ingressReplicas | int }}
+        num_replicas: {{ $serving.ingressReplicas | int }}
         max_ongoing_requests: {{ $tunables.ongoingPerIngress | int }}
         graceful_shutdown_timeout_s: {{ $serving.drainSeconds }}
         ray_actor_options:
@@ -76,6 +77,11 @@ applications:
 {{- end -}}
 {{- $args = mergeOverwrite $args (deepCopy $serving.settings) -}}
 {{- $_ := set $args "topology" $serving.topology -}}
+{{- $_ := set $args "ingress_replicas" (int $serving.ingressReplicas) -}}
+{{- if $serving.autopilot -}}
+{{- /* Anything but off: that there is one. What it does is said by its user_config, which may change. */ -}}
+{{- $_ := set $args "autopilot" (dict "mode" "dry-run") -}}
+{{- end -}}
 {{- $_ := set $args "model" $serving.model -}}
 {{- $_ := set $args "device" $serving.device -}}
 {{- $_ := set $args "stop_timeout_s" $serving.drainSeconds -}}

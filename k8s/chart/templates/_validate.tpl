@@ -28,6 +28,7 @@
 {{- with $tunables.autopilot }}
   {{- if gt (int .min_replicas) (int .max_replicas) }}{{ fail (printf "tunables.autopilot: min_replicas is %d, more than max_replicas (%d)." (int .min_replicas) (int .max_replicas)) }}{{ end }}
 {{- end }}
+{{- if and (eq $serving.topology "direct") $serving.autopilot (eq (int $tunables.autopilot.min_replicas) 0) }}{{ fail "tunables.autopilot.min_replicas is 0, but in topology direct nobody would be there to answer; set it to 1." }}{{ end }}
 {{- if $serving.autopilot }}
   {{- $most := int $tunables.autopilot.max_replicas }}
   {{- if eq $tunables.autopilot.mode "on" }}
