@@ -10,7 +10,7 @@ import tempfile
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -18,9 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from loopserve.errors import ConfigError
-
-if TYPE_CHECKING:
-    from deploy.keys import KeyEntry
 
 keys = typer.Typer(no_args_is_help=True, help="Make, list and check API keys.")
 KeysFile = Annotated[Path, typer.Option(help="The keys file: YAML, or JSON if it is called *.json.")]
@@ -78,7 +75,8 @@ def show(file: KeysFile) -> None:
     for entry in load_keys(file):
         limits = {name: getattr(entry.limits, name) for name in entry.limits.__slots__}
         told = ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit is not None)
-        table.add_row(entry.key_id, entry.tenant, entry.role, entry.label, _state(entry), told or "none")
+        state = "disabled" if entry.disabled else _validity(entry.expires_unix_s)
+        table.add_row(entry.key_id, entry.tenant, entry.role, entry.label, state, told or "none")
     Console(soft_wrap=True, highlight=False, markup=False, width=200).print(table)
 
 
@@ -153,13 +151,11 @@ def _moment(text: str) -> str:
     return (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
 
 
-def _state(entry: "KeyEntry") -> str:
-    if entry.disabled:
-        return "disabled"
-    if entry.expires_unix_s is None:
+def _validity(expires_unix_s: float | None) -> str:
+    if expires_unix_s is None:
         return "valid"
-    day = datetime.fromtimestamp(entry.expires_unix_s, UTC).isoformat(timespec="minutes")
-    return f"until {day}" if entry.is_valid_at(time.time()) else f"expired {day}"
+    moment = datetime.fromtimestamp(expires_unix_s, UTC).isoformat(timespec="minutes")
+    return f"until {moment}" if time.time() < expires_unix_s else f"expired {moment}"
 
 
 def _counted(num: int, word: str) -> str:
