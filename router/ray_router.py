@@ -4,7 +4,8 @@ Owns nothing but the translation between Serve's objects and `router.affinity`. 
 Runs in every process that holds a handle; all of them decide alike because they read the same published state.
 
 A request whose first argument is `CHOICE_ONLY` is only placed: it will reach the replica on another way, so Serve tells this router neither
-that it was taken nor that it ended. It then counts as taken until the replica has published its load anew.
+that it was taken nor that it ended. It then counts as taken until the replica has published its load anew. The other way learns of a new
+replica a little later than this router, so such a replica is not chosen at once.
 """
 
 import time
@@ -26,6 +27,7 @@ from router.affinity import (
 from router.decisions import Decisions
 
 CHOICE_ONLY = "choice only"
+_SETTLES_S = 2.0  # from a replica's first sight until HAProxy serves it, too: its configuration is collected, written, loaded, checked
 _CHOICE_COUNTS_S = 1.0  # about as late as published state is; it may also stay as it was
 
 
@@ -41,6 +43,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         self._affinity = Affinity(AffinitySettings(**settings), clock=time.monotonic)
         self._in_flight: Counter[ReplicaID] = Counter()
         self._choices: dict[ReplicaID, _Choices] = {}
+        self._seen_s: dict[ReplicaID, float] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve when membership or published state changed."""
@@ -48,6 +51,8 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         live = {replica.replica_id for replica in replicas}
         self._in_flight = Counter({name: count for name, count in self._in_flight.items() if name in live})
         self._choices = {name: choices for name, choices in self._choices.items() if name in live}
+        now_s = time.monotonic()
+        self._seen_s = {name: self._seen_s.get(name, now_s) for name in live}
         self._affinity.publish({_name(replica): (replica.routing_stats or {}).get("own", b"") for replica in replicas})
 
     async def choose_replicas(
@@ -58,12 +63,15 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
             return [candidate_replicas]
         began_s = time.perf_counter()
         pending_request.routing_context.should_backoff = True  # otherwise an unroutable request spins the event loop
+        is_choice_only = pending_request.args[:1] == [CHOICE_ONLY]
+        if is_choice_only:
+            candidate_replicas = self._settled(candidate_replicas) or candidate_replicas
         by_name = {_name(replica): replica for replica in candidate_replicas}
         views = [self._view(name, replica) for name, replica in by_name.items()]
         key = _key(pending_request)
         ranking = self._affinity.rank(key, views)
         Decisions.report(ranking.reason.value, time.perf_counter() - began_s)
-        if ranking.replicas and pending_request.args[:1] == [CHOICE_ONLY]:
+        if is_choice_only and ranking.replicas:
             self._chosen(key, by_name[ranking.replicas[0]])
         return [[by_name[name]] for name in ranking.replicas]
 
@@ -86,6 +94,10 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         if choices is not None and choices.counts(stats, time.monotonic()):
             in_flight = max(in_flight, load.running + load.waiting + choices.num)
         return ReplicaView(name, load=load, in_flight=in_flight)
+
+    def _settled(self, replicas: list[RunningReplica]) -> list[RunningReplica]:
+        latest_s = time.monotonic() - _SETTLES_S
+        return [replica for replica in replicas if self._seen_s.get(replica.replica_id, latest_s) <= latest_s]
 
     def _chosen(self, key: AffinityKey, replica: RunningReplica) -> None:
         stats, now_s = replica.routing_stats or {}, time.monotonic()

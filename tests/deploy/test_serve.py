@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 from fake_backend import MODEL
+from topology import needs_an_ingress
 
 from deploy.settings import DeploySettings
 from loopserve.errors import UnsupportedModel
@@ -185,6 +186,7 @@ def test_ready_names_all_replicas(http: httpx.Client, cluster: DeploySettings):
     assert len(wait_for(lambda: http.get("/ready").json().get("replicas"))) == cluster.replicas
 
 
+@needs_an_ingress
 def test_a_replica_that_stands_still_is_named_and_never_waited_for(http: httpx.Client):
     headers = {"x-session-id": "sleeper"}
     victim = http.post(CHAT, json=body("hello"), headers=headers).headers["x-loopserve-replica"]
@@ -225,6 +227,7 @@ def test_a_dead_engine_is_replaced_and_its_clients_are_served_meanwhile(http: ht
     wait_for(lambda: len(set(http.get("/ready").json().get("replicas", ())) - {victim}) == cluster.replicas)
 
 
+@needs_an_ingress
 def test_a_killed_replica_ends_its_stream_at_once_and_nothing_else(http: httpx.Client):
     (mine, victim), (yours, _) = names_on_two_replicas(http).items()
     process = int(
@@ -245,6 +248,7 @@ def test_a_killed_replica_ends_its_stream_at_once_and_nothing_else(http: httpx.C
     assert again.status_code == 200 and again.headers["x-loopserve-replica"] != victim
 
 
+@needs_an_ingress
 def test_a_replica_killed_before_the_first_byte_is_replaced_for_the_client(http: httpx.Client, url: str):
     name = next(iter(names_on_two_replicas(http)))
     headers = {"x-session-id": name}
