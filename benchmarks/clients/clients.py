@@ -186,6 +186,18 @@ def _ray_own(target: Target, stdout: str) -> OwnNumbers:
     return OwnNumbers(turns=found["benchmark"]["total_requests"], errors=None, cached_share=None)
 
 
+def _bench(python: Path, target: Target) -> Sequence[str]:
+    said = ("--turns", "4", "--input", "60", "--output", "16", "-n", "8", "-c", "4", "--seed", str(SEED))
+    out = ("--json", str(target.work / "bench.json"))
+    return (str(python), "-m", "loopserve", "bench", "--url", target.url, *said, *out)
+
+
+def _bench_own(target: Target, stdout: str) -> OwnNumbers:
+    found: dict[str, Any] = json.loads((target.work / "bench.json").read_text(encoding="utf-8"))
+    turns, share = found["turns"], found["cache"]["share_of_prompt"]
+    return OwnNumbers(turns["answered"], turns["failed"], share, "prompt tokens beyond turn 1")
+
+
 CLIENTS = (
     Client("openai", "openai", _small("with_openai.py", 0), _small_own, dialogues=12, turns=5),
     Client(
@@ -201,4 +213,5 @@ CLIENTS = (
     Client("guidellm", "guidellm", _guidellm, _guidellm_own, dialogues=8, turns=4),
     Client("evalscope", "evalscope", _evalscope, _evalscope_own, dialogues=8, turns=4),
     Client("ray", "ray", _ray, _ray_own, dialogues=8, turns=4, own_environment=False),
+    Client("loopserve-bench", "loopserve", _bench, _bench_own, dialogues=8, turns=4, own_environment=False),
 )
