@@ -89,10 +89,8 @@ def settings_schema(record: type, excluded: tuple[str, ...] = ()) -> dict[str, A
     for entry in fields(record):
         if entry.name in excluded:
             continue
-        if is_dataclass(entry.type) and isinstance(entry.type, type):
-            schema = settings_schema(entry.type)
-        else:
-            schema = TypeAdapter[Any](entry.type).json_schema()
+        kind: Any = entry.type
+        schema = settings_schema(kind) if is_dataclass(kind) else TypeAdapter[Any](kind).json_schema()
         choices = CHOICES.get(f"{record.__name__}.{entry.name}")
         if choices:
             schema["enum"] = list(choices)
