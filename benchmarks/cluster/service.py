@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
+SERVE = (sys.executable, "-m", "loopserve", "serve")
 START_S_MAX, STOP_S_MAX = 300.0, 60.0
 _POLL_S = 0.5
 _LOG_TAIL_CHARS = 4000
@@ -37,16 +38,23 @@ class Service:
 
 
 @contextmanager
-def running_service(settings: Mapping[str, str], *, num_replicas: int, log: Path) -> Iterator[Service]:
-    """`python -m loopserve serve` with these variables over this process's environment, until the block ends.
+def running_service(
+    settings: Mapping[str, str],
+    *,
+    num_replicas: int,
+    log: Path,
+    command: Sequence[str] = SERVE,
+    port: int | None = None,
+) -> Iterator[Service]:
+    """`command` with these variables over this process's environment, until the block ends; at a free port if none is given.
 
     Writes what the service prints to `log`. Raises ServiceFailed where not all replicas answer within START_S_MAX.
     """
-    port = free_port()
+    port = free_port() if port is None else port
     wanted = {"HOST": "127.0.0.1", "PORT": str(port), "REPLICAS": str(num_replicas)}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "loopserve", "serve"],
+            list(command),
             cwd=ROOT,
             env={**os.environ, **settings, **wanted},
             stdin=subprocess.DEVNULL,
