@@ -19,7 +19,7 @@ help: ## this list
 	@echo "make TARGET [NAME=value ...]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "serve reads HOST (127.0.0.1), PORT (8000), REPLICAS (1), MODEL (hub id or directory; the shipped model), DEVICE (auto)."
-	@echo "observe reads HOST, PORT, REPLICAS (2), MODEL, DEVICE, DIALOGUES (12), RATE (dialogues begun per second), MINUTES (30)."
+	@echo "observe reads HOST, PORT, REPLICAS (2), MODEL, DEVICE, DIALOGUES (16), RATE (dialogues begun per second), MINUTES (30)."
 	@echo "Set-up reads PYTHON (python3, 3.11 or newer) and pip's own environment variables."
 
 serve: $(STAMP) ## set up if needed, then serve at http://127.0.0.1:8000
@@ -43,6 +43,11 @@ dashboards: $(STAMP) ## write the dashboards' JSON and the alert rules' YAML aga
 
 manifests: $(STAMP) ## write what follows from the Helm chart again: its schema of settings, its copies of rules and dashboards, plain manifests
 	@$(BIN)/python k8s/render.py
+
+pictures: $(STAMP) tools ## draw the dashboards again from minutes of load here (Node and Chromium needed)
+	@npm ci --prefix monitoring/drawing --ignore-scripts --no-audit --no-fund --loglevel=error
+	@npm run --silent --prefix monitoring/drawing build
+	@$(BIN)/python -m benchmarks.cluster.pictures
 
 tools: $(TOOLS)/usr/bin/promtool ## Prometheus from Debian's package, unpacked into .tools, not installed: for the tests of alerts and panels
 

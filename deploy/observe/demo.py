@@ -35,11 +35,14 @@ DEMO_ENVIRONMENT: Mapping[str, str] = {
     # Sparse from where on there is something to choose; the system prompt before that is exact, and shared.
     "LOOPSERVE_ENGINE_PREFILL__AUTO_MIN_CONTEXT_TOKENS": "256",
     "LOOPSERVE_ENGINE_DECODE__AUTO_MIN_CONTEXT_TOKENS": "256",
-    "LOOPSERVE_ENGINE_KV_BLOCKS": "513",
+    "LOOPSERVE_ENGINE_KV_BLOCKS": "385",
     "LOOPSERVE_ENGINE_MAX_RUNNING_TURNS": "8",
     "LOOPSERVE_ENGINE_DECODE__BUDGET_TOKENS": "512",
     "LOOPSERVE_ENGINE_DECODE__BUDGET_FLOOR_TOKENS": "32",
     "LOOPSERVE_AUTOPILOT__MODE": "on",
+    "LOOPSERVE_AUTOPILOT__HIGH_RATIO": "0.40",
+    "LOOPSERVE_AUTOPILOT__LOW_RATIO": "0.25",
+    "LOOPSERVE_AUTOPILOT__TARGET_RATIO": "0.20",
     "LOOPSERVE_AUTOPILOT__RELAX_HOLD_S": "15",
     "LOOPSERVE_AUTOPILOT__SCALE_DOWN_HOLD_S": "60",
     "LOOPSERVE_AUTOPILOT__SCALE_DOWN_COOLDOWN_S": "30",
@@ -47,10 +50,10 @@ DEMO_ENVIRONMENT: Mapping[str, str] = {
 }
 # Dialogues as people hold them, in plain words; the shipped model's context ends long after the longest of them.
 TALK = Synthetic(
-    turns=Distribution.parse("uniform:3..24"),
+    turns=Distribution.parse("uniform:3..20"),
     input_tokens=Distribution.parse("uniform:15..70"),
     output_tokens=Distribution.parse("uniform:12..48"),
-    think_s=Distribution.parse("exponential:4..20"),
+    think_s=Distribution.parse("exponential:2..10"),
     system_tokens=Distribution.parse("64"),
 )
 _STOP_S_MAX = 15.0

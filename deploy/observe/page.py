@@ -11,6 +11,7 @@ else.
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -30,6 +31,7 @@ from monitoring.exposition import Part
 CONVERSATIONS_MAX = 200  # of one replica, those used last
 DECISIONS_MAX = 30
 
+_VIEW = ("id", "num_tokens", "num_cached_tokens", "num_turns", "is_active", "idle_s")
 _STATIC = Path(__file__).parent / "static"
 _PAGE = "observe.html"
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -80,7 +82,7 @@ def observe_router(sources: Sources, operator: Callable[[Request], Awaitable[Cal
 
     @router.get("/observe/state")
     async def state(caller: Operator, since: str = "0") -> Response:
-        fleet, conversations, autopilot = await asyncio.gather(
+        fleet, conversations, autopilot = await _side_by_side(
             sources.watcher.state(_unix_time(since)), sources.conversations(caller.tenant), sources.autopilot()
         )
         body = {**fleet, **_shown(conversations), "autopilot": autopilot}
@@ -128,6 +130,15 @@ def _files() -> Iterator[tuple[str, Callable[[], Response]]]:
             yield path.name, answer(path.read_bytes(), _MEDIA_TYPES[path.suffix])
 
 
+async def _side_by_side(*questions: Awaitable[Any]) -> list[Any]:
+    """All answers, in order. Not on behalf of one request: Serve would take questions with the same request id for one another's."""
+
+    async def answer(question: Awaitable[Any]) -> Any:
+        return await question
+
+    return await asyncio.gather(*(asyncio.create_task(answer(question), context=Context()) for question in questions))
+
+
 def _unix_time(text: str) -> float:
     try:
         value = float(text)
@@ -139,15 +150,14 @@ def _unix_time(text: str) -> float:
 
 
 def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Conversations by replica: the newest few, and how many there are; and the replicas that said nothing."""
+    """Conversations by the replica that holds KV of them, the newest few and how many there are; and the replicas that said nothing."""
     by_replica: dict[str, dict[str, Any]] = {}
     for view in found["data"]:
-        home = by_replica.setdefault(view["replica"], {"num": 0, "shown": []})
-        home["num"] += 1
-        if home["num"] <= CONVERSATIONS_MAX:
-            home["shown"].append(
-                {name: view[name] for name in ("id", "num_tokens", "num_turns", "is_active", "idle_s")}
-            )
+        if view["is_active"] or view["num_cached_tokens"]:
+            home = by_replica.setdefault(view["replica"], {"num": 0, "shown": []})
+            home["num"] += 1
+            if home["num"] <= CONVERSATIONS_MAX:
+                home["shown"].append({name: view[name] for name in _VIEW})
     return {"conversations": by_replica, "silent": found["silent"]}
 
 

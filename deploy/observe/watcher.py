@@ -17,7 +17,7 @@ KEPT_S = 330.0  # the page shows five minutes; a little more, so that its left e
 WINDOW_S = 60.0  # over which latencies are counted
 RATE_S = 5.0  # over which a rate is taken: one second of tokens is mostly noise
 PERIOD_S = 0.9  # pages ask once a second; a little less, so that each finds something new
-GAP_S = 10.0  # a longer time without a moment is filled from Prometheus
+GAP_S = 5.0  # a longer time without a moment is filled from Prometheus
 MOMENTS_MAX = 1024
 
 

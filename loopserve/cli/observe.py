@@ -19,7 +19,7 @@ def observe(
     replicas: Annotated[int | None, typer.Option(min=1, help="Engines to begin with; 2 if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or directory; the shipped model if not given.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; auto if not given.")] = None,
-    dialogues: Annotated[int, typer.Option(min=1, max=256, help="Dialogues held at a time.")] = 12,
+    dialogues: Annotated[int, typer.Option(min=1, max=256, help="Dialogues held at a time.")] = 16,
     rate: Annotated[
         float | None, typer.Option(min=0.01, help="Dialogues begun per second; if not given, one when another ends.")
     ] = None,

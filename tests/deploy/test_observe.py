@@ -426,7 +426,7 @@ async def test_the_state_shows_who_lives_where():
     assert sum(home["num"] for home in state["conversations"].values()) == 3
     assert set(shown) <= {"a", "b"}
     assert all(
-        set(view) == {"id", "num_tokens", "num_turns", "is_active", "idle_s"}
+        set(view) == {"id", "num_tokens", "num_cached_tokens", "num_turns", "is_active", "idle_s"}
         for home in shown.values()
         for view in home
     )
@@ -504,7 +504,7 @@ class TestDemo:
         settings, engine = demo_settings({}, {})
         assert (settings.observe, settings.replicas, settings.autopilot.mode) == (True, 2, "on")
         assert (settings.autopilot.min_replicas, settings.autopilot.max_replicas) == (2, 3)
-        assert (engine.kv_blocks, engine.decode.budget_floor_tokens) == (513, 32)
+        assert (engine.kv_blocks, engine.decode.budget_floor_tokens) == (385, 32)
         env = {
             "LOOPSERVE_ENGINE_KV_BLOCKS": "2000",
             "REPLICAS": "4",

@@ -34,14 +34,14 @@ const TOP = 3;
 /** @type {Spec[]} */
 const CHARTS = [
   {
-    name: "Tokens/s", height: 62, least: 10,
+    name: "Tokens/s", height: 78, least: 10,
     curves: [
       { name: "decode", look: "first", value: (point) => point.tokens_per_s.decode },
       { name: "prefill", look: "second", value: (point) => point.tokens_per_s.prefill },
     ],
   },
   {
-    name: "Turns", height: 46, least: 4, faults: (point) => point.failed,
+    name: "Turns", height: 58, least: 4, faults: (point) => point.failed,
     curves: [
       { name: "running", look: "first", value: (point) => point.running, steps: true },
       { name: "waiting", look: "second", value: (point) => point.waiting, steps: true },
@@ -51,14 +51,14 @@ const CHARTS = [
 /** @type {Spec[]} */
 const ACTUATORS = [
   {
-    name: "Budget, tokens", height: 50, least: 64, exact: true,
+    name: "Budget, tokens", height: 62, least: 64, exact: true,
     curves: [
       { name: "in force", look: "first", value: (point) => point.budget, steps: true },
       { name: "ceiling", look: "second", value: (point) => point.ceiling, steps: true },
     ],
   },
   {
-    name: "Replicas", height: 40, least: 2, exact: true,
+    name: "Replicas", height: 48, least: 2, exact: true,
     curves: [
       { name: "ready", look: "first", value: (point) => point.ready, steps: true },
       { name: "wanted", look: "second", value: (point) => point.wanted, steps: true },
@@ -237,7 +237,7 @@ export class Charts {
   drawLanes(width, shown) {
     const names = this.timeline.replicas();
     const short = shortNames(names);
-    const height = Math.max(26, Math.floor(150 / Math.max(names.length, 1)) - 24);
+    const height = Math.max(26, Math.floor(189 / Math.max(names.length, 1)) - 24);
     for (const [name, lane] of this.laneOf) {
       if (!names.includes(name) || lane.height !== height) {
         lane.root.remove();

@@ -4,7 +4,7 @@
 import { byId, bytes, clock, duration, html, number, percent, setText, shortNames, svg } from "./dom.js";
 import { KINDS } from "./charts.js";
 
-/** @typedef {{id: string, num_tokens: number, num_turns: number, is_active: boolean, idle_s: number}} Conversation */
+/** @typedef {{id: string, num_tokens: number, num_cached_tokens: number, num_turns: number, is_active: boolean, idle_s: number}} Conversation */
 /** @typedef {{turn: string | null, num: number, p50: number | null, p95: number | null}} FirstToken */
 /** @typedef {{name: string, up: boolean, kv: number[], capacity_bytes: number, budget: number | null, ceiling: number | null,
  *    running: number, waiting: number, sessions: Record<string, number>}} Replica */
@@ -160,10 +160,10 @@ export class Replicas {
   cell(conversation) {
     const isMine = conversation.id === this.mine;
     const state = conversation.is_active ? "being answered" : `idle for ${duration(conversation.idle_s)}`;
-    const told = `${isMine ? "Yours: " : ""}${conversation.id}: ${number(conversation.num_tokens)} tokens, ${number(conversation.num_turns)} turns, ${state}`;
+    const told = `${isMine ? "Yours: " : ""}${conversation.id}: ${number(conversation.num_turns)} turns, ${number(conversation.num_cached_tokens)} of ${number(conversation.num_tokens)} tokens held, ${state}`;
     const cell = html("li", { class: `cell ${conversation.is_active ? "active" : "warm"}${isMine ? " mine" : ""}`, title: told },
       html("span", { class: "unseen" }, told));
-    cell.style.setProperty("--fill", `${Math.round(100 * Math.min(1, Math.sqrt(conversation.num_tokens / FULL_TOKENS)))}%`);
+    cell.style.setProperty("--fill", `${Math.round(100 * Math.min(1, Math.sqrt(conversation.num_cached_tokens / FULL_TOKENS)))}%`);
     return cell;
   }
 

@@ -17,7 +17,7 @@
  */
 
 export const SPAN_S = 300;
-export const GAP_S = 7; // a longer silence is shown as one, not bridged by a line
+export const GAP_S = 15; // a longer silence is shown as one, not bridged by a line
 
 export class Timeline {
   constructor() {
