@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -10,16 +11,17 @@ from loopserve.bench.report import ByTurn, Percentiles
 
 _TURN_ROWS_MAX = 8  # more different turn numbers are shown by bucket
 _BUSY_SHARE = 0.8
+_SPREAD = ("mean", "p50", "p90", "p99", "max")
 
 
 def tables(report: Report) -> Iterator[Table]:
     """One over everything, one of times, one of first tokens by turn, one of errors where there are any."""
     yield _whole(report)
-    times = Table("", "turns", "mean", "p50", "p90", "p99", "max")
+    times = _numbers("milliseconds", "num", *_SPREAD)
     for name, spread in (
         ("time to first token", report.first_token_s),
-        ("inter-token latency, turns' means", report.inter_token_s),
-        ("gap between two chunks", report.chunk_gap_s),
+        ("inter-token latency", report.inter_token_s),
+        ("gap between chunks", report.chunk_gap_s),
         ("end to end", report.turn_s),
     ):
         times.add_row(name, *_spread(spread))
@@ -109,20 +111,30 @@ def _generator(report: Report) -> str:
 
 
 def _by_turn(rows: tuple[ByTurn, ...]) -> Table:
-    table = Table("turn", "answers", "TTFT mean", "p50", "p90", "p99", "max", "prompt tokens", "cached")
+    table = _numbers(
+        "turn", "num", *_SPREAD, "tokens", "cached", title="Time to first token (ms), prompt tokens, by turn"
+    )
     for row in rows:
         prompt = "-" if row.prompt_tokens_mean is None else f"{row.prompt_tokens_mean:.0f}"
         table.add_row(row.turn, *_spread(row.first_token_s), prompt, _percent(row.cached_share))
     return table
 
 
+def _numbers(first: str, *names: str, title: str | None = None) -> Table:
+    """A table of numbers beside a name, narrow enough for a terminal of 80 columns."""
+    table = Table(first, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def _spread(spread: Percentiles) -> tuple[str, ...]:
     values = (spread.mean, spread.p50, spread.p90, spread.p99, spread.max)
-    return (str(spread.num), *("-" if value is None else _time(value) for value in values))
+    return (str(spread.num), *("-" if value is None else _milliseconds(value) for value in values))
 
 
-def _time(value_s: float) -> str:
-    return f"{value_s:.2f} s" if value_s >= 1 else f"{1000 * value_s:.1f} ms"
+def _milliseconds(value_s: float) -> str:
+    return f"{1000 * value_s:.1f}" if value_s < 1 else f"{1000 * value_s:.0f}"
 
 
 def _percent(share: float | None) -> str:

@@ -188,7 +188,9 @@ async def _serve_one(
         _whole(writer, answer.status, answer.refusal(), answer.headers)
         return True
     told = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
-    writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n{told}\r\n".encode())
+    writer.write(
+        f"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n{told}\r\n".encode()
+    )
     for wait_s, data in answer.events():
         await asyncio.sleep(wait_s)
         writer.write(b"%x\r\n%b\r\n" % (len(data), data))

@@ -437,7 +437,7 @@ def test_the_command_measures_and_writes_tables_and_json(tmp_path: Path) -> None
         "20",
     ]
     with serve(by_words) as server:
-        done = CliRunner().invoke(
+        done = CliRunner(env={"COLUMNS": "160"}).invoke(
             app, ["bench", "--url", server.url, *options, "--slo-ttft", "9", "--json", str(out), "--api-key", "k-1"]
         )
     assert done.exit_code == 0, done.output
@@ -462,7 +462,7 @@ def test_the_command_plays_a_file_and_marks_its_answers(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with serve(lambda asked: Answer()) as server:
-        done = CliRunner().invoke(app, ["bench", "--url", server.url, "--dialogues", str(file)])
+        done = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["bench", "--url", server.url, "--dialogues", str(file)])
     assert done.exit_code == 0, done.output
     assert "6 of 6 answered" in done.stdout
     assert "2 of 3" in done.stdout
@@ -479,13 +479,13 @@ def test_the_command_plays_a_file_and_marks_its_answers(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_refuses_what_means_nothing(options: list[str], complaint: str) -> None:
-    done = CliRunner().invoke(app, ["bench", *options])
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["bench", *options])
     assert complaint in str(done.exception)
 
 
 def test_the_command_fails_where_turns_failed() -> None:
     with serve(lambda asked: Answer(status=500) if asked.number == 2 else by_words(asked)) as server:
-        done = CliRunner().invoke(app, ["bench", "--url", server.url, "-n", "2", "--turns", "2"])
+        done = CliRunner(env={"COLUMNS": "160"}).invoke(app, ["bench", "--url", server.url, "-n", "2", "--turns", "2"])
     assert done.exit_code == 1
     assert "http_500" in done.stdout
 

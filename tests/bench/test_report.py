@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from statistics import fmean, quantiles
@@ -224,6 +225,15 @@ def test_many_turn_numbers_are_shown_by_bucket() -> None:
     assert len(many.first_token_by_turn) == 40
 
 
+def test_times_are_whole_on_a_narrow_terminal() -> None:
+    turns = [turn("a", n, first_token_s=11.111 * n, total_s=111.1, cached_tokens=90) for n in range(1, 9)]
+    shown = printed(summarise(result_of(*turns)), width=80)
+    assert all(
+        re.search(rf"^ +{n} +1 +({11111 * n} +){{5}}{100 * n} +[0-9.]+ %", shown, re.MULTILINE) for n in range(1, 9)
+    )
+    assert re.search(r"^ +end to end +8 +(111100 +){5}$", shown, re.MULTILINE)
+
+
 def test_an_empty_load_has_a_report_too() -> None:
     report = summarise(LoadResult("tiny"))
     assert report.turns.sent == 0
@@ -278,9 +288,9 @@ def test_the_json_keeps_its_shape() -> None:
     assert set(paths(record)) == SHAPE
 
 
-def printed(report: Any) -> str:
+def printed(report: Any, *, width: int = 200) -> str:
     """The tables."""
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=width, file=io.StringIO())
     for table in tables(report):
         console.print(table)
     assert isinstance(console.file, io.StringIO)
