@@ -19,6 +19,7 @@ from loopserve.dialogue import FinishReason, QualityReport, TurnUsage
 from loopserve.errors import EngineUnavailable, LoopServeError
 
 DONE = b"data: [DONE]\n\n"
+_quoted = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would build such an encoder for every token
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class AnswerWriter:
         self._branches = [_Branch() for _ in range(shape.num_branches)]
         chat = shape.endpoint is Endpoint.CHAT
         self._chunk_head = _head(shape, "chat.completion.chunk" if chat else "text_completion")
+        self._num_ended = 0
+        self._has_text = False
 
     @property
     def texts(self) -> list[str]:
@@ -65,12 +68,12 @@ class AnswerWriter:
     @property
     def has_begun(self) -> bool:
         """Whether any text has been taken in."""
-        return any(branch.text for branch in self._branches)
+        return self._has_text
 
     @property
     def is_finished(self) -> bool:
         """Whether every branch has ended."""
-        return all(branch.ended for branch in self._branches)
+        return self._num_ended == len(self._branches)
 
     @property
     def num_generated_tokens(self) -> int:
@@ -79,7 +82,7 @@ class AnswerWriter:
 
     def failure(self) -> LoopServeError | None:
         """Why the response cannot be completed: a branch failed, or was cancelled by the server."""
-        for branch in self._branches:
+        for branch in self._branches if self._num_ended else ():
             if branch.ended is not None and branch.ended.reason is FinishReason.ERROR:
                 return EngineUnavailable(branch.ended.error or "The engine failed; send the turn again.")
             if branch.ended is not None and branch.ended.reason is FinishReason.CANCELLED:
@@ -109,6 +112,8 @@ class AnswerWriter:
                 self._write_role(event.index, parts)
                 parts.append(self._chunk(event.index, self._last_content(), event.reason))
         written = "".join(parts).encode("utf-8", "replace")
+        if not self._num_ended:
+            return written
         failure = self.failure()
         if failure is not None:
             return written + error_event(failure)
@@ -138,9 +143,11 @@ class AnswerWriter:
             branch.prompt_tokens, branch.cached_tokens = event.prompt_tokens, event.cached_tokens
         elif isinstance(event, AnswerDelta):
             branch.text.append(event.text)
+            self._has_text = True
             branch.num_tokens += event.num_tokens
             branch.logprobs.extend(event.logprobs)
         else:
+            self._num_ended += branch.ended is None
             branch.ended = event
 
     def _write_role(self, index: int, parts: list[str]) -> None:
@@ -150,7 +157,7 @@ class AnswerWriter:
             parts.append(self._chunk(index, '"delta":{"role":"assistant","content":""},"logprobs":null'))
 
     def _content(self, event: AnswerDelta, branch: _Branch) -> str:
-        text = json.dumps(event.text, ensure_ascii=False)
+        text = _quoted(event.text)
         if self._shape.endpoint is Endpoint.CHAT:
             logprobs = json.dumps(_chat_logprobs(event.logprobs), ensure_ascii=False) if event.logprobs else "null"
             return f'"delta":{{"content":{text}}},"logprobs":{logprobs}'

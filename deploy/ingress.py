@@ -41,6 +41,7 @@ from deploy.observe.page import observe_router, sources_of
 from deploy.protocol import CompletionCall, Endpoint, parse_chat, parse_text
 from deploy.settings import DeploySettings
 from deploy.tracing import TracedFleet, TracedRequests
+from deploy.waits import Patience
 from deploy.waking import Autopilots
 from loopserve.errors import EngineUnavailable, LoopServeError, NotFound
 from monitoring.catalogue import KEYS_RELOAD_FAILED, REQUEST_RETRIES, Origin
@@ -262,19 +263,17 @@ class Gateway:
 
     async def _events(self, opened: _Opened, admission: Admission) -> AsyncIterator[bytes]:
         """The stream after its status: bytes as they come, or one error event as the last."""
+        items = Patience(opened.rest, self._settings.idle_timeout_s, "No further part of the answer came")
         try:
             admission.forward(opened.first)
             yield opened.first
-            while True:
-                item = await _next(opened.rest, self._settings.idle_timeout_s, "No further part of the answer came")
-                if item is None:
-                    return
-                if isinstance(item, Spent):
+            while (item := await items.next()) is not None:
+                if isinstance(item, bytes):
+                    admission.forward(item)
+                    yield item
+                else:
+                    assert isinstance(item, Spent), item
                     admission.finish(item.generated_tokens)
-                    continue
-                assert isinstance(item, bytes), item
-                admission.forward(item)
-                yield item
         except Exception as error:  # the status is out; the client must learn of any failure inside the stream
             if not isinstance(error, LoopServeError):
                 _log.exception("a stream failed")
@@ -283,6 +282,7 @@ class Gateway:
                 self._tracing.fail(code_of(error))
             yield error_event(error)
         finally:
+            items.close()
             await opened.rest.aclose()
 
 
