@@ -102,7 +102,7 @@ def _autopilot(settings: DeploySettings) -> serve.Application | None:
     if not has_autopilot(settings):
         return None
     pilot = settings.autopilot
-    if not pilot.min_replicas <= settings.replicas <= pilot.max_replicas:
+    if pilot.mode == PilotMode.ON and not pilot.min_replicas <= settings.replicas <= pilot.max_replicas:
         raise ConfigError(
             f"replicas is {settings.replicas}, the autopilot may choose {pilot.min_replicas} to {pilot.max_replicas}; set REPLICAS, "
             "LOOPSERVE_AUTOPILOT__MIN_REPLICAS and LOOPSERVE_AUTOPILOT__MAX_REPLICAS so that it can begin"

@@ -38,15 +38,14 @@ class Autopilot:
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
         self._app, self._engines = context.app_name, engines
-        self._ask_timeout_s = settings.autopilot.source_timeout_s
         self._sink = PrometheusSink([metric for metric in CATALOGUE if metric.origin is Origin.AUTOPILOT])
         self._settings_error = ""
         self._teller = Teller(self._name, sink=self._sink, log=_log)
         self._pilot = Pilot(
             self._name,
             settings.autopilot,
-            engines=self._fleet(engines),
-            ingresses=None if ingresses is None else self._fleet(ingresses),
+            engines=self._fleet(engines, settings.autopilot),
+            ingresses=None if ingresses is None else self._fleet(ingresses, settings.autopilot),
             instruments=self._instruments,
             teller=self._teller,
             clock=time.monotonic,
@@ -99,11 +98,12 @@ class Autopilot:
                 await loop
             await self._pilot.close()
 
-    def _fleet(self, deployment: str) -> RayFleet:
+    def _fleet(self, deployment: str, settings: AutopilotSettings) -> RayFleet:
         handle = serve.get_deployment_handle(deployment, app_name=self._app)
-        return RayFleet(handle, ask_timeout_s=self._ask_timeout_s)
+        return RayFleet(handle, ask_timeout_s=settings.source_timeout_s)
 
     def _instruments(self, settings: AutopilotSettings) -> Instruments:
-        source = PrometheusSource(settings) if settings.prometheus_url else ReplicaSource(self._fleet(self._engines))
+        asked = self._fleet(self._engines, settings)
+        source = PrometheusSource(settings) if settings.prometheus_url else ReplicaSource(asked)
         scaler = open_scaler(settings, app=self._app, deployment=self._engines, environ=os.environ)
         return Instruments(source, scaler)
