@@ -14,6 +14,7 @@ from deploy.fleet import Fleet, Replies
 from monitoring import catalogue as c
 from monitoring.catalogue import CATALOGUE, Origin
 from monitoring.exposition import Families, Part, PrometheusSink, page
+from monitoring.objectives import SERVER_FAULTS
 
 _INGRESS_METRICS = tuple(metric for metric in CATALOGUE if metric.origin is Origin.INGRESS)
 _COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -30,6 +31,8 @@ class IngressMetrics:
     def __init__(self, name: str = "local") -> None:
         self.name = name
         self.sink = PrometheusSink(_INGRESS_METRICS)
+        for code in SERVER_FAULTS:  # a counter that begins to exist at its first event hides that event from `rate`
+            self.sink.inc(c.REQUEST_ERRORS, 0.0, code=code)
         self.in_flight = 0  # completion requests
 
     def decided(self, reason: str, duration_s: float) -> None:

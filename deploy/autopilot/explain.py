@@ -42,8 +42,13 @@ class Teller:
         self._said_hold: Cause | None = None  # the hold that was told, and goes on
         self._said_causes: dict[Cause, float] = {}  # when each cause was told
         self._troubles: dict[str, str] = {}
+        # A counter that begins to exist at its first event hides that event from `rate`.
         for actuator in ACTUATORS:
             sink.inc(c.AUTOPILOT_FAILURES, 0.0, actuator=actuator)
+        for action in Action:
+            sink.inc(c.AUTOPILOT_DECISIONS, 0.0, action=str(action))
+        for cause in Cause:
+            sink.inc(c.AUTOPILOT_HOLDS, 0.0, cause=str(cause))
 
     def mode(self, settings: AutopilotSettings) -> None:
         """A round begins in this mode."""
