@@ -281,7 +281,7 @@ PROCESS_MEMORY = _gauge(
 REQUESTS = _counter(
     "loopserve_requests_total",
     "Answered HTTP requests by route and status.",
-    "deploy.ingress",
+    "deploy.metrics_page",
     "route",
     "status",
     origin=Origin.INGRESS,
@@ -289,27 +289,27 @@ REQUESTS = _counter(
 REQUESTS_IN_FLIGHT = _gauge(
     "loopserve_requests_in_flight",
     "Completion requests that are being answered.",
-    "deploy.ingress",
+    "deploy.metrics_page",
     origin=Origin.INGRESS,
 )
 REQUEST_TTFB = _histogram(
     "loopserve_request_first_byte_seconds",
     "From a completion request's arrival to the first byte of its answer, refusals excluded.",
-    "deploy.ingress",
+    "deploy.metrics_page",
     _SECONDS,
     origin=Origin.INGRESS,
 )
 REQUEST_ERRORS = _counter(
     "loopserve_request_errors_total",
     "Error answers and error events by OpenAI's error code.",
-    "deploy.ingress",
+    "deploy.metrics_page",
     "code",
     origin=Origin.INGRESS,
 )
 REQUEST_RETRIES = _counter(
     "loopserve_request_retries_total",
     "Requests sent to a second replica because the first went away.",
-    "deploy.ingress",
+    "deploy.metrics_page",
     origin=Origin.INGRESS,
 )
 REPLICAS_SILENT = _gauge(
