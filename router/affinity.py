@@ -17,7 +17,7 @@ import math
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, NewType
@@ -28,6 +28,7 @@ ShortKey = NewType(
 )  # first 32 bits of a ConversationKey; only ever decides a placement, never whose KV is used
 
 _CLAIM = struct.Struct("<II")  # short key, unix seconds of last use: 8 bytes a conversation in every stats broadcast
+_MIX, _64_BITS = 0x9E3779B97F4A7C15, (1 << 64) - 1  # odd, its digits spread: 2**64 over the golden ratio
 
 
 class Reason(StrEnum):
@@ -72,11 +73,10 @@ class ReplicaView:
     name: ReplicaName
     load: ReplicaLoad = ReplicaLoad()
     in_flight: int = 0
+    turns: int = field(init=False)  # there now: the published number, or ours where that is newer and higher
 
-    @property
-    def turns(self) -> int:
-        """Turns there now: the published number, or ours where that is newer and higher."""
-        return max(self.load.running + self.load.waiting, self.in_flight)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", max(self.load.running + self.load.waiting, self.in_flight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +109,43 @@ def short_key(key: str) -> ShortKey:
     return ShortKey(int.from_bytes(blake2b(key.encode(), digest_size=4).digest(), "little"))
 
 
+def seed_of(text: str) -> int:
+    """64 well-mixed bits of a key or a name."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
 def rendezvous(key: str, replicas: Sequence[ReplicaName]) -> tuple[ReplicaName, ...]:
     """All replicas by falling weight for `key`, whatever their order (highest random weight, Thaler and Ravishankar 1998).
 
     A replica that leaves or joins moves only the keys that it ranks first.
     """
-    return tuple(
-        sorted(
-            replicas, key=lambda name: (blake2b(f"{key}|{name}".encode(), digest_size=8).digest(), name), reverse=True
-        )
-    )
+    return tuple(Roster([ReplicaView(name) for name in replicas]).order(key))
+
+
+class Roster:
+    """The live replicas, made ready for many decisions: what does not depend on the request is computed once.
+
+    Key and name are hashed well, once each; a weight then takes one multiplication, whose high digits depend on all digits of both. First
+    and second ranks of 20,000 keys over 3, 4, 10 and 100 replicas are as even as chance makes them (chi square over its degrees of freedom
+    0.4 to 1.0); of `hash((key, seed))` they are not (50 and more).
+    """
+
+    def __init__(self, replicas: Sequence[ReplicaView]) -> None:
+        self.by_name = {view.name: view for view in sorted(replicas, key=lambda view: view.name)}
+        self._seeds = [seed_of(name) for name in self.by_name]
+        self.not_accepting = {view.name for view in replicas if not view.load.accepting}
+
+    def replace(self, view: ReplicaView) -> None:
+        """A replica of the roster is seen anew."""
+        assert view.name in self.by_name
+        self.by_name[view.name] = view
+        (self.not_accepting.discard if view.load.accepting else self.not_accepting.add)(view.name)
+
+    def order(self, key: str) -> list[ReplicaName]:
+        """See `rendezvous`."""
+        own = seed_of(key)
+        weights = dict(zip(self.by_name, [(own ^ seed) * _MIX & _64_BITS for seed in self._seeds], strict=True))
+        return sorted(weights, key=weights.__getitem__, reverse=True)
 
 
 def pack_claims(claims: Sequence[tuple[str, float]], *, limit: int) -> bytes:
@@ -138,15 +165,35 @@ def load_from_stats(stats: Mapping[str, Any]) -> ReplicaLoad:
     )
 
 
-def owners(published: Mapping[ReplicaName, bytes]) -> dict[ShortKey, ReplicaName]:
-    """Who holds what, from the packed claims of all replicas. Of two claims the newest use wins, then the greater name."""
-    newest: dict[ShortKey, tuple[int, ReplicaName]] = {}
-    for name, packed in published.items():
-        for key, used in _CLAIM.iter_unpack(packed[: len(packed) - len(packed) % _CLAIM.size]):
-            claim = (used, name)
-            if claim > newest.get(key, (-1, ReplicaName(""))):
-                newest[key] = claim
-    return {key: name for key, (_, name) in newest.items()}
+class Owners:
+    """Who holds what, from the packed claims of all replicas.
+
+    Claims come often and are many, lookups are few: a replica's are only unpacked where they changed (0.2 ms for 2,048), and a lookup asks
+    every replica's. One table of all would have to be made again from 200,000 claims whenever one replica of 100 says something new.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[ReplicaName, bytes] = {}
+        self._used: dict[ReplicaName, dict[int, int]] = {}  # short key -> unix seconds of last use
+
+    def publish(self, packed: Mapping[ReplicaName, bytes]) -> None:
+        """Replace what is known of all replicas."""
+        self._used = {
+            name: self._used[name] if self._packed.get(name) == claims else _unpacked(claims)
+            for name, claims in packed.items()
+        }
+        self._packed = dict(packed)
+
+    def of(self, key: ShortKey) -> ReplicaName | None:
+        """The owner of a conversation, if any. Of two claims the newest use wins, then the greater name."""
+        claims = [(used[key], name) for name, used in self._used.items() if key in used]
+        return max(claims)[1] if claims else None
+
+
+def _unpacked(packed: bytes) -> dict[int, int]:
+    whole = len(packed) - len(packed) % _CLAIM.size
+    numbers = struct.unpack(f"<{whole // 4}I", packed[:whole])
+    return dict(zip(numbers[-2::-2], numbers[::-2], strict=True))  # newest come first, hence last into the table
 
 
 def encode_affinity(key: AffinityKey) -> str:
@@ -179,12 +226,12 @@ class Affinity:
     def __init__(self, settings: AffinitySettings, *, clock: Callable[[], float]) -> None:
         self._settings = settings
         self._clock = clock
-        self._owners: Mapping[ShortKey, ReplicaName] = {}
+        self._owners = Owners()
         self._memo: OrderedDict[str, tuple[ReplicaName, float]] = OrderedDict()
 
     def publish(self, packed: Mapping[ReplicaName, bytes]) -> None:
         """Replace what is known of owners by the newest published claims of all replicas."""
-        self._owners = owners(packed)
+        self._owners.publish(packed)
 
     def remember(self, key: AffinityKey, replica: ReplicaName) -> None:
         """Note that this router sent a conversation to `replica`; the oldest notes go beyond the limit."""
@@ -195,36 +242,41 @@ class Affinity:
         while len(self._memo) > self._settings.memo_max:
             self._memo.popitem(last=False)
 
-    def rank(self, key: AffinityKey, replicas: Sequence[ReplicaView]) -> Ranking:
-        """Rank all live replicas for one request; changes nothing."""
-        by_name = {view.name: view for view in replicas}
+    def rank(self, key: AffinityKey, replicas: Roster | Sequence[ReplicaView]) -> Ranking:
+        """Rank all live replicas for one request; changes nothing. A roster saves what would be computed from views every time."""
+        roster = replicas if isinstance(replicas, Roster) else Roster(replicas)
         if key.address:
             name = ReplicaName(key.address)
-            return Ranking((name,), Reason.ADDRESS) if name in by_name else Ranking((), Reason.UNROUTABLE)
-        if not by_name:
+            return Ranking((name,), Reason.ADDRESS) if name in roster.by_name else Ranking((), Reason.UNROUTABLE)
+        if not roster.by_name:
             return Ranking((), Reason.UNROUTABLE)
-        order = rendezvous(key.home, list(by_name))
-        usable = [by_name[name] for name in order if by_name[name].load.accepting and name != key.avoid]
+        usable, last = roster.order(key.home), []
+        if roster.not_accepting or key.avoid:
+            unusable = {*roster.not_accepting, key.avoid}
+            usable, last = [n for n in usable if n not in unusable], [n for n in usable if n in unusable]
         if not usable:
-            return Ranking(order, Reason.HOME)
-        first, reason = self._first_choice(key, usable)
-        rest = [view.name for view in usable if view.name != first]
-        last = [name for name in order if name not in {view.name for view in usable}]
-        return Ranking((first, *rest, *last), reason)
+            return Ranking(tuple(last), Reason.HOME)
+        first, reason = self._first_choice(key, usable, roster.by_name)
+        usable.remove(first)
+        return Ranking((first, *usable, *last), reason)
 
-    def _first_choice(self, key: AffinityKey, usable: Sequence[ReplicaView]) -> tuple[ReplicaName, Reason]:
-        holder, reason = self._holder(key, {view.name for view in usable})
+    def _first_choice(
+        self, key: AffinityKey, usable: Sequence[ReplicaName], by_name: Mapping[ReplicaName, ReplicaView]
+    ) -> tuple[ReplicaName, Reason]:
+        holder, reason = self._holder(key, usable)
         if holder is None and key.continues:
-            holder = usable[0].name
+            holder = usable[0]
         if holder is None:
-            return _new_home(usable, self._settings)
-        view = next(view for view in usable if view.name == holder)
-        target = _cheaper_place(view, usable, key.prompt_tokens, self._settings)
+            return _new_home([by_name[name] for name in usable], self._settings)
+        if by_name[holder].load.queue_s < self._settings.move_wait_s_min:
+            return holder, reason
+        views = [by_name[name] for name in usable]
+        target = _cheaper_place(by_name[holder], views, key.prompt_tokens, self._settings)
         return (target, Reason.MOVED) if target is not None else (holder, reason)
 
-    def _holder(self, key: AffinityKey, usable: set[ReplicaName]) -> tuple[ReplicaName | None, Reason]:
+    def _holder(self, key: AffinityKey, usable: Sequence[ReplicaName]) -> tuple[ReplicaName | None, Reason]:
         for resident in key.resident:
-            owner = self._owners.get(short_key(resident))
+            owner = self._owners.of(short_key(resident))
             if owner in usable:
                 return owner, Reason.OWNER
         oldest = self._clock() - self._settings.memo_s
@@ -241,7 +293,7 @@ def _first_turn(key: AffinityKey) -> str:
 
 def _new_home(usable: Sequence[ReplicaView], settings: AffinitySettings) -> tuple[ReplicaName, Reason]:
     """First replica in rendezvous order that is not loaded over the least loaded one by the margin; there always is one."""
-    least = min(view.turns for view in usable)
+    least = min([view.turns for view in usable])
     for view in usable:
         if view.turns < least + settings.spill_turns:
             return view.name, Reason.HOME if view is usable[0] else Reason.SPILL
@@ -252,8 +304,6 @@ def _cheaper_place(
     holder: ReplicaView, usable: Sequence[ReplicaView], prompt_tokens: int, settings: AffinitySettings
 ) -> ReplicaName | None:
     """Where a resident conversation is answered sooner although its KV must be computed again; None: it stays."""
-    if holder.load.queue_s < settings.move_wait_s_min:
-        return None
     known = [view.load.prefill_s_per_token for view in usable if view.load.prefill_s_per_token > 0]
     if not known:
         return None  # nobody has measured what a move costs

@@ -21,6 +21,7 @@ from router.affinity import (
     AffinitySettings,
     ReplicaName,
     ReplicaView,
+    Roster,
     decode_affinity,
     load_from_stats,
 )
@@ -44,6 +45,7 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         self._in_flight: Counter[ReplicaID] = Counter()
         self._choices: dict[ReplicaID, _Choices] = {}
         self._seen_s: dict[ReplicaID, float] = {}
+        self._candidates = _Candidates([], Roster([]))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve when membership or published state changed."""
@@ -63,22 +65,22 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
             return [candidate_replicas]
         began_s = time.perf_counter()
         pending_request.routing_context.should_backoff = True  # otherwise an unroutable request spins the event loop
-        is_choice_only = pending_request.args[:1] == [CHOICE_ONLY]
+        key, is_choice_only = _key(pending_request), pending_request.args[:1] == [CHOICE_ONLY]
+        candidates = self._ready(candidate_replicas)
         if is_choice_only:
-            candidate_replicas = self._settled(candidate_replicas) or candidate_replicas
-        by_name = {_name(replica): replica for replica in candidate_replicas}
-        views = [self._view(name, replica) for name, replica in by_name.items()]
-        key = _key(pending_request)
-        ranking = self._affinity.rank(key, views)
+            candidates = self._settled(candidates)
+        ranking = self._affinity.rank(key, candidates.roster)
         Decisions.report(ranking.reason.value, time.perf_counter() - began_s)
-        if is_choice_only and ranking.replicas:
-            self._chosen(key, by_name[ranking.replicas[0]])
-        return [[by_name[name]] for name in ranking.replicas]
+        ranks = [candidates.ranks[name] for name in ranking.replicas]
+        if is_choice_only and ranks:
+            self._chosen(key, ranks[0][0])
+        return ranks
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A replica took the request: remember it until its claim is published."""
         key = _key(pending_request)
         self._in_flight[replica_id] += 1
+        self._see(replica_id)
         if not key.address:
             self._affinity.remember(key, ReplicaName(replica_id.unique_id))
 
@@ -86,39 +88,66 @@ class AffinityRouter(RequestRouter):  # type: ignore[misc]  # ray ships no types
         """The request ended, in whatever way; also called for requests that no replica took."""
         if self._in_flight[replica_id] > 0:
             self._in_flight[replica_id] -= 1
+            self._see(replica_id)
 
-    def _view(self, name: ReplicaName, replica: RunningReplica) -> ReplicaView:
+    def _ready(self, replicas: list[RunningReplica]) -> "_Candidates":
+        """The candidates as they are now; made anew only where Serve hands over another list, which it does on every change."""
+        if self._candidates.replicas is not replicas:
+            self._candidates = _Candidates(replicas, Roster([self._view(replica) for replica in replicas]))
+        now_s = time.monotonic()
+        for replica_id in [
+            name for name, choices in self._choices.items() if now_s - choices.since_s >= _CHOICE_COUNTS_S
+        ]:
+            del self._choices[replica_id]
+            self._see(replica_id)
+        return self._candidates
+
+    def _see(self, replica_id: ReplicaID) -> None:
+        rank = self._candidates.ranks.get(ReplicaName(replica_id.unique_id))
+        if rank is not None:
+            self._candidates.roster.replace(self._view(rank[0]))
+
+    def _view(self, replica: RunningReplica) -> ReplicaView:
         stats = replica.routing_stats or {}
         load, in_flight = load_from_stats(stats), self._in_flight[replica.replica_id]
         choices = self._choices.get(replica.replica_id)
-        if choices is not None and choices.counts(stats, time.monotonic()):
+        if choices is not None and choices.stats == stats:
             in_flight = max(in_flight, load.running + load.waiting + choices.num)
-        return ReplicaView(name, load=load, in_flight=in_flight)
+        return ReplicaView(_name(replica), load=load, in_flight=in_flight)
 
-    def _settled(self, replicas: list[RunningReplica]) -> list[RunningReplica]:
+    def _settled(self, candidates: "_Candidates") -> "_Candidates":
         latest_s = time.monotonic() - _SETTLES_S
-        return [replica for replica in replicas if self._seen_s.get(replica.replica_id, latest_s) <= latest_s]
+        if not self._seen_s or max(self._seen_s.values()) <= latest_s:
+            return candidates
+        settled = [r for r in candidates.replicas if self._seen_s.get(r.replica_id, latest_s) <= latest_s]
+        return _Candidates(settled, Roster([self._view(replica) for replica in settled])) if settled else candidates
 
     def _chosen(self, key: AffinityKey, replica: RunningReplica) -> None:
-        stats, now_s = replica.routing_stats or {}, time.monotonic()
+        stats = replica.routing_stats or {}
         choices = self._choices.get(replica.replica_id)
-        if choices is None or not choices.counts(stats, now_s):
-            choices = self._choices[replica.replica_id] = _Choices(stats, now_s)
+        if choices is None or choices.stats != stats:
+            choices = self._choices[replica.replica_id] = _Choices(stats, time.monotonic())
         choices.num += 1
+        self._see(replica.replica_id)
         self._affinity.remember(key, _name(replica))
+
+
+class _Candidates:
+    """The replicas that Serve offers, made ready for many decisions."""
+
+    def __init__(self, replicas: list[RunningReplica], roster: Roster) -> None:
+        self.replicas = replicas
+        self.roster = roster
+        self.ranks = {_name(replica): [replica] for replica in replicas}
 
 
 @dataclass(slots=True)
 class _Choices:
-    """How many requests were placed on one replica since it published `stats`."""
+    """How many requests were placed on one replica since it published `stats`; they count for a while."""
 
     stats: dict[str, Any]
     since_s: float
     num: int = 0
-
-    def counts(self, stats: dict[str, Any], now_s: float) -> bool:
-        """Whether the number still adds to what the replica publishes now."""
-        return stats == self.stats and now_s - self.since_s < _CHOICE_COUNTS_S
 
 
 def _name(replica: RunningReplica) -> ReplicaName:

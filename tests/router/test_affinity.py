@@ -10,14 +10,16 @@ from router.affinity import (
     Affinity,
     AffinityKey,
     AffinitySettings,
+    Owners,
     Reason,
     ReplicaLoad,
     ReplicaName,
     ReplicaView,
+    Roster,
+    ShortKey,
     decode_affinity,
     encode_affinity,
     load_from_stats,
-    owners,
     pack_claims,
     rendezvous,
     short_key,
@@ -42,6 +44,13 @@ def views(*names: str, **loads: ReplicaLoad) -> list[ReplicaView]:
 
 def claims(**held: dict[str, float]) -> dict[ReplicaName, bytes]:
     return {ReplicaName(name): pack_claims(list(keys.items()), limit=100) for name, keys in held.items()}
+
+
+def owners(packed: dict[ReplicaName, bytes]) -> dict[ShortKey, ReplicaName | None]:
+    """Who is found to own the keys that the tests use."""
+    found = Owners()
+    found.publish(packed)
+    return {key: found.of(key) for key in map(short_key, ("k", "old", "mid", "new")) if found.of(key)}
 
 
 NEW = [AffinityKey(home=f"home-{i}") for i in range(2000)]
@@ -242,3 +251,45 @@ def test_a_replica_that_has_not_published_counts_as_idle():
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="spill_turns"):
         AffinitySettings(spill_turns=0)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from("abcd"),
+        st.lists(st.tuples(st.sampled_from("klmn"), st.integers(0, 9)), max_size=6),
+        max_size=4,
+    ),
+    st.dictionaries(st.sampled_from("abcd"), st.just([("k", 5)]), max_size=4),
+)
+def test_owners_are_those_of_the_newest_claims_whatever_was_known_before(
+    held: dict[str, list[tuple[str, int]]], before: dict[str, list[tuple[str, int]]]
+):
+    found = Owners()
+    for claimed in (before, held):
+        found.publish({ReplicaName(name): pack_claims([*claims_of], limit=9) for name, claims_of in claimed.items()})
+    for key in "klmn":
+        newest = max(((used, name) for name, own in held.items() for k, used in own if k == key), default=None)
+        assert found.of(short_key(key)) == (None if newest is None else newest[1])
+
+
+@given(st.lists(st.sampled_from("abcdef"), unique=True, min_size=1), st.data())
+def test_a_roster_that_was_kept_decides_as_one_made_anew(names: list[str], data: st.DataObject):
+    roster, seen = Roster(views(*names)), {view.name: view for view in views(*names)}
+    for _ in range(data.draw(st.integers(0, 6))):
+        load = ReplicaLoad(running=data.draw(st.integers(0, 9)), accepting=data.draw(st.booleans()))
+        view = ReplicaView(ReplicaName(data.draw(st.sampled_from(names))), load=load)
+        roster.replace(view)
+        seen[view.name] = view
+        key = AffinityKey(home=data.draw(st.text(max_size=3)), avoid=data.draw(st.sampled_from([*names, ""])))
+        assert router().rank(key, roster) == router().rank(key, list(seen.values()))
+
+
+def test_homes_are_spread_as_evenly_as_chance_would_over_any_number_of_replicas():
+    for number in (3, 10, 100):
+        roster = Roster(views(*(f"replica-{index}" for index in range(number))))
+        orders = [roster.order(key.home)[:2] for key in NEW]
+        for rank in (0, 1):
+            counts = Counter(order[rank] for order in orders)
+            expected = len(NEW) / number
+            chi_square = sum((counts[name] - expected) ** 2 / expected for name in roster.by_name)
+            assert chi_square / (number - 1) < 2.5
