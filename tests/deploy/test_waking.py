@@ -3,12 +3,14 @@
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fake_backend import MODEL
 from local_fleet import LocalFleet
+from test_keys import bearer, entry, write
 
 from deploy.autopilot.settings import IDLE_TO_ZERO_MIN_S
 from deploy.errors import TimedOut
@@ -171,3 +173,12 @@ async def test_an_autopilot_that_does_not_answer_is_a_503():
     async with client(LocalFleet(), Pilot(is_silent=True)) as http:
         answer = await http.get("/v1/autopilot")
     assert answer.status_code == 503 and "does not answer" in answer.json()["error"]["message"]
+
+
+async def test_the_autopilot_s_page_is_for_operators(tmp_path: Path):
+    path = write(tmp_path / "keys", entry("user"), entry("operator", role="operator"))
+    fleet = LocalFleet(DeploySettings(keys_file=str(path)))
+    async with client(fleet, Pilot()) as http:
+        refused = await http.get("/v1/autopilot", headers=bearer("user"))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_permissions")
+        assert (await http.get("/v1/autopilot", headers=bearer("operator"))).status_code == 200
