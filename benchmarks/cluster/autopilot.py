@@ -307,6 +307,8 @@ def _written(options: argparse.Namespace, phases: Phases, runs: Mapping[Variant,
             + ".",
             "The crossing is the first second in which Prometheus has a signal above its threshold: working sets, live bytes, or waiting "
             "turns over places. What the autopilot says it did is in the JSON, and decides nothing here.",
+            "While Prometheus is away nothing is recorded, and a replica that became ready meanwhile is seen afterwards; back, it takes "
+            "up to five seconds until it scrapes again.",
             "In the JSON a series is one line: a value a second, `-` where nothing was scraped.",
         ],
     )

@@ -219,7 +219,7 @@ def _check_follow(found: Moments, num_s: int) -> Check:
         return Check("replicas follow", False, f"in {num_s} s none came; most ready: {found.most_ready}")
     assert found.crossed_s is not None and found.wanted_s is not None and found.ready_s is not None
     finding = (
-        f"wanted {found.wanted_s - found.crossed_s} s after the crossing, first one ready after "
+        f"wanted {found.wanted_s - found.crossed_s} s after the crossing, first one seen ready after "
         f"{found.ready_s - found.crossed_s} s, {found.most_ready} at most"
     )
     return Check("replicas follow", found.crossed_s <= found.wanted_s <= found.ready_s, finding)
