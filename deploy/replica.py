@@ -36,6 +36,7 @@ from deploy.conversations import Conversations
 from deploy.errors import error_answer
 from deploy.load import LoadMeter
 from deploy.settings import DeploySettings
+from deploy.waits import Pace
 from loopserve.chat import AnswerStarted, ChatEvent, ChatRequest
 from loopserve.dialogue import Message, SessionId
 from loopserve.errors import ConfigError, EngineUnavailable, LoopServeError, NotFound
@@ -47,6 +48,7 @@ from router.affinity import pack_claims
 from router.identity import ConversationKey, continuation_key, generated_session_name, known_part, session_key
 
 _log = logging.getLogger(__name__)
+_PIECES_BURST_S = 0.02  # a step ends for all turns of a batch at once
 
 
 class EngineLike(Protocol):
@@ -124,6 +126,7 @@ class Replica:
         self._open: dict[ConversationKey, set[object]] = {}  # turns whose session was not released while they ran
         self._unix_time = unix_time
         self._lease = BudgetLease(clock=time.monotonic)
+        self._pace = _pace(settings)
         self._loaded_at = int(unix_time())
 
     async def chat(self, call: TurnCall) -> AsyncGenerator[Item, None]:
@@ -156,6 +159,10 @@ class Replica:
                         yield item
                     if writer.failure() is not None:
                         return
+                    if self._pace is not None and item is not None and not writer.is_finished:
+                        wait_s = self._pace.wait_s()
+                        if wait_s > 0:
+                            await asyncio.sleep(wait_s)  # what is said meanwhile comes as one piece
             yield Spent(writer.num_generated_tokens)
         except LoopServeError as error:
             yield self._refusal(error)
@@ -273,6 +280,14 @@ class Replica:
                 self._conversations.learn(
                     key, own, claim=own if is_own else continuation_key(call.claim_tenant, answered)
                 )
+
+
+def _pace(settings: DeploySettings) -> Pace | None:
+    """This replica's share of what the ingresses take; None where there are none in between."""
+    if settings.topology == "direct":
+        return None
+    per_s = settings.pieces_per_s * settings.ingress_replicas / settings.replicas
+    return Pace(per_s, burst_s=_PIECES_BURST_S, clock=time.monotonic)
 
 
 def _new_name(call: TurnCall) -> str:

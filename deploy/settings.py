@@ -41,6 +41,7 @@ class DeploySettings:
     observe: bool = False  # the live page at /observe; `loopserve observe` turns it on
     body_bytes_max: int = 8 << 20
     branches_max: int = 16  # OpenAI's `n`
+    pieces_per_s: int = 4000  # of streams, that one ingress is sent (two_hop); beyond, one holds several tokens
     admission_timeout_s: float = 300.0  # from a request's arrival to its place in the batch
     idle_timeout_s: float = 600.0  # between two pieces of an answer; the first comes after the whole prefill
     ask_timeout_s: float = 2.0  # one question to all replicas
@@ -65,6 +66,7 @@ class DeploySettings:
         for name in ("routing_stats_period_s", "health_check_period_s", "move_cost_factor"):
             _check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         _check(self.topology in TOPOLOGIES, f"topology is {self.topology!r}; there are {', '.join(TOPOLOGIES)}")
+        _check(self.pieces_per_s >= 1, f"pieces_per_s is {self.pieces_per_s}; at least 1 is needed")
         _check(1 <= self.port <= 65535, f"port is {self.port}; ports are 1 to 65535")
         _check(self.body_bytes_max >= 1024, f"body_bytes_max is {self.body_bytes_max}; at least 1024 is needed")
         _check(self.torch_threads is None or self.torch_threads >= 1, "torch_threads must be at least 1")
