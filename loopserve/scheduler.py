@@ -70,6 +70,7 @@ class Scheduler:
         self._step_index = 0
         self._num_preempted = 0
         self._admission_blocked = False  # nothing was given back since the pool was found too full
+        self._first_tokens: list[TokenGap] = []
         self._token_gaps: list[TokenGap] = []
         self.budget_ceiling_tokens: int | None = None  # over every turn's own budget, from its next choice on
 
@@ -194,6 +195,7 @@ class Scheduler:
         )
         num_rows = sum(len(segment.token_ids) for segment in plan.segments)
         preempted, self._num_preempted = self._num_preempted, 0
+        first_tokens, self._first_tokens = self._first_tokens, []
         token_gaps, self._token_gaps = self._token_gaps, []
         return StepStats(
             step_index=plan.step_index,
@@ -204,6 +206,7 @@ class Scheduler:
             num_waiting=self.num_waiting,
             num_preempted=preempted,
             num_free_blocks=self._cache.pool.num_free,
+            first_tokens=tuple(first_tokens),
             token_gaps=tuple(token_gaps),
         )
 
@@ -390,6 +393,7 @@ class Scheduler:
         now_s = self._clock()
         if turn.first_token_s is None:
             turn.first_token_s = now_s
+            self._first_tokens.append(TokenGap(turn.turn_number, now_s - turn.arrived_s))
         else:
             self._token_gaps.append(TokenGap(turn.turn_number, now_s - turn.last_token_s))
         turn.last_token_s = now_s

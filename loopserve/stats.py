@@ -74,7 +74,7 @@ class MemoryStats:
 
 @dataclass(frozen=True, slots=True)
 class TokenGap:
-    """The wait for one token after the one before it."""
+    """The wait for one token: after the one before it, or, for a turn's first, after the turn's submission."""
 
     turn_number: int
     gap_s: float
@@ -92,6 +92,7 @@ class StepStats:
     num_waiting: int
     num_preempted: int
     num_free_blocks: int
+    first_tokens: tuple[TokenGap, ...] = ()
     token_gaps: tuple[TokenGap, ...] = ()
 
 

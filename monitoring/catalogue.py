@@ -96,7 +96,7 @@ def _histogram(
 TTFT = _histogram(
     "loopserve_time_to_first_token_seconds",
     "From a turn's submission to the engine to its first token.",
-    "TurnStats.first_token_s",
+    "StepStats.first_tokens",
     _SECONDS,
     "turn",
 )

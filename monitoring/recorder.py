@@ -31,6 +31,8 @@ class Recorder:
         sink.inc(c.STEP_TOKENS, stats.num_prefill_tokens, phase="prefill")
         sink.inc(c.STEP_TOKENS, stats.num_decode_tokens, phase="decode")
         sink.inc(c.PREEMPTIONS, stats.num_preempted)
+        for first in stats.first_tokens:
+            sink.observe(c.TTFT, first.gap_s, turn=c.turn_bucket(first.turn_number))
         for gap in stats.token_gaps:
             sink.observe(c.INTER_TOKEN, gap.gap_s, turn=c.turn_bucket(gap.turn_number))
 
@@ -44,7 +46,6 @@ class Recorder:
         sink.observe(c.QUEUE_TIME, stats.queue_s, turn=turn)
         sink.observe(c.TURN_DURATION, stats.total_s, turn=turn)
         if stats.first_token_s is not None:
-            sink.observe(c.TTFT, stats.first_token_s, turn=turn)
             sink.observe(c.PREFILL_TIME, stats.first_token_s - stats.queue_s, turn=turn)
             sink.observe(c.DECODE_TIME, stats.total_s - stats.first_token_s, turn=turn)
         sink.observe(c.SESSION_TURNS, stats.turn_number)

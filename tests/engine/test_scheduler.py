@@ -220,6 +220,7 @@ def test_gaps_between_tokens_are_reported_with_the_turns_number():
             clock.now_s += 0.25
         gaps = [gap for step in stats.steps for gap in step.token_gaps]
         assert gaps == [TokenGap(turn_number, 0.25)] * 2
+        assert [first for step in stats.steps for first in step.first_tokens] == [TokenGap(turn_number, 0.0)]
 
 
 def test_demand_curve_counts_working_sets_of_active_and_warm_conversations():

@@ -60,7 +60,6 @@ def test_turn_is_counted_with_its_phases_and_its_place_in_the_conversation():
     Recorder(log).on_turn(turn())
     assert {entry for entry in log.seen if entry[0].endswith("_seconds")} == {
         ("loopserve_queue_time_seconds", "5-8", 0.5),
-        ("loopserve_time_to_first_token_seconds", "5-8", 2.0),
         ("loopserve_prefill_time_seconds", "5-8", 1.5),
         ("loopserve_decode_time_seconds", "5-8", 3.0),
         ("loopserve_turn_duration_seconds", "5-8", 5.0),
@@ -88,11 +87,14 @@ def test_dense_turn_leaves_no_coverage():
 
 def test_step_is_counted_by_phase_and_every_gap_by_its_turn():
     log = Log()
-    Recorder(log).on_step(StepStats(1, 0.02, 30, 4, 4, 0, 2, 100, (TokenGap(1, 0.01), TokenGap(40, 0.03))))
+    Recorder(log).on_step(
+        StepStats(1, 0.02, 30, 4, 4, 0, 2, 100, (TokenGap(3, 0.5),), (TokenGap(1, 0.01), TokenGap(40, 0.03)))
+    )
     assert log.counts["loopserve_step_tokens_total", "prefill"] == 30
     assert log.counts["loopserve_preemptions_total",] == 2
     gaps = [entry[1:] for entry in log.seen if entry[0] == "loopserve_inter_token_latency_seconds"]
     assert gaps == [("1", 0.01), ("33+", 0.03)]
+    assert ("loopserve_time_to_first_token_seconds", "3-4", 0.5) in log.seen
 
 
 def memory(**changes) -> MemoryStats:
