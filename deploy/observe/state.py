@@ -11,12 +11,9 @@ from typing import Any
 
 from deploy.observe.counting import CountKey, Counts, Odometer, SampleLike, difference, quantile
 from monitoring.catalogue import (
-    AUTOPILOT_BUDGET_WANTED,
     AUTOPILOT_DECISIONS,
-    AUTOPILOT_REPLICAS_READY,
     AUTOPILOT_REPLICAS_WANTED,
     BUDGET_CEILING,
-    BUDGET_FLOOR,
     BUDGET_IN_FORCE,
     BUDGET_MAX,
     BUILD_INFO,
@@ -45,9 +42,9 @@ _TTFT_BUCKETS = TTFT.series[0]
 _COUNTED = (STEP_TOKENS, PROMPT_TOKENS, REUSED_TOKENS, TURNS, REJECTIONS)
 _PHASES = ("prefill", "decode")  # counted with every step; generated tokens count when a turn ends, in one leap
 _GAUGES = (
-    *(KV_BYTES, KV_CAPACITY, BUDGET_IN_FORCE, BUDGET_CEILING, BUDGET_FLOOR, BUDGET_MAX, BUILD_INFO, REPLICA_UP),
+    *(KV_BYTES, KV_CAPACITY, BUDGET_IN_FORCE, BUDGET_CEILING, BUDGET_MAX, BUILD_INFO, REPLICA_UP),
     *(TURNS_RUNNING, TURNS_WAITING, SESSIONS),
-    *(AUTOPILOT_DECISIONS, AUTOPILOT_REPLICAS_WANTED, AUTOPILOT_REPLICAS_READY, AUTOPILOT_BUDGET_WANTED),
+    *(AUTOPILOT_DECISIONS, AUTOPILOT_REPLICAS_WANTED),
 )
 COUNTED_SERIES = frozenset({_TTFT_BUCKETS, *(metric.name for metric in _COUNTED)})
 WATCHED_SERIES = COUNTED_SERIES | {metric.name for metric in _GAUGES}  # all that a moment is made of
@@ -64,7 +61,6 @@ class ReplicaNow:
     capacity_bytes: float
     budget_tokens: float | None
     ceiling_tokens: float | None
-    floor_tokens: float | None
     budget_max_tokens: float | None
     num_running: float
     num_waiting: float
@@ -84,8 +80,6 @@ class Moment:
     model: str
     replicas: tuple[ReplicaNow, ...]
     replicas_wanted: float | None  # None: no autopilot
-    replicas_ready: float | None
-    budget_wanted_tokens: float | None
     counts: Counts
 
 
@@ -97,14 +91,12 @@ def read_moment(unix_time: float, samples: Iterable[SampleLike], odometer: Odome
         if replica := sample.labels.get(Origin.ENGINE, ""):
             by_replica.setdefault(replica, []).append(sample)
     counted = [sample for sample in watched if sample.name in COUNTED_SERIES]
-    has_decided = bool(_largest(watched, AUTOPILOT_DECISIONS))  # its gauges are 0 before
+    has_decided = bool(_largest(watched, AUTOPILOT_DECISIONS))  # its gauge is 0 before
     return Moment(
         unix_time=unix_time,
         model=next((s.labels.get("model_name", "") for s in watched if s.name == BUILD_INFO.name), ""),
         replicas=tuple(_replica(name, by_replica[name]) for name in sorted(by_replica)),
         replicas_wanted=_largest(watched, AUTOPILOT_REPLICAS_WANTED) if has_decided else None,
-        replicas_ready=_largest(watched, AUTOPILOT_REPLICAS_READY) if has_decided else None,
-        budget_wanted_tokens=_largest(watched, AUTOPILOT_BUDGET_WANTED) if has_decided else None,
         counts=odometer.read(counted, source_label=Origin.ENGINE),
     )
 
@@ -117,7 +109,6 @@ def _replica(name: str, samples: Sequence[SampleLike]) -> ReplicaNow:
         capacity_bytes=_largest(samples, KV_CAPACITY) or 0.0,
         budget_tokens=_largest(samples, BUDGET_IN_FORCE),
         ceiling_tokens=_largest(samples, BUDGET_CEILING),
-        floor_tokens=_largest(samples, BUDGET_FLOOR),
         budget_max_tokens=_largest(samples, BUDGET_MAX),
         num_running=_largest(samples, TURNS_RUNNING) or 0.0,
         num_waiting=_largest(samples, TURNS_WAITING) or 0.0,
@@ -164,9 +155,7 @@ def now(moment: Moment, earlier: Moment) -> dict[str, Any]:
         "failed": _failed(moment, earlier),
         "refused": _count(counted, REJECTIONS),
         "ttft": first_token_times(counted),
-        "budget_floor": _least(replica.floor_tokens for replica in moment.replicas),
         "budget_max": _least(replica.budget_max_tokens for replica in moment.replicas),
-        "budget_wanted": moment.budget_wanted_tokens,
         "replicas": [_replica_json(replica) for replica in moment.replicas],
     }
 

@@ -125,6 +125,7 @@ export class Charts {
     this.root = byId("charts");
     /** @type {number | null} the time that was pointed at; null: now */
     this.pointed = null;
+    this.note = ""; // while nothing is pointed at
     this.lanes = html("div", { class: "lanes" });
     /** @type {Map<string, Chart>} */
     this.laneOf = new Map();
@@ -210,7 +211,7 @@ export class Charts {
     this.drawLanes(width, shown);
     this.axis.setAttribute("viewBox", `0 0 ${width} 18`);
     this.axis.replaceChildren(...this.ticks());
-    setText(byId("time-note"), this.pointed === null || !shown ? "" : `at ${clock(shown.t)}`);
+    setText(byId("time-note"), this.pointed === null || !shown ? this.note : `at ${clock(shown.t)}`);
   }
 
   /** @param {Spec} spec @returns {SVGElement[]} */

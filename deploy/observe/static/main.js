@@ -63,6 +63,7 @@ function show(state) {
   replicas.show(state);
   showFirstTokens(state);
   showDecisions(state);
+  charts.note = state.has_history ? "" : "no Prometheus: known since it is watched";
   charts.draw();
 }
 
