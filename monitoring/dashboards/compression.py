@@ -56,7 +56,6 @@ _MEMORY = Row(
                 "{{replica}}",
             ),
             highest=1.0,
-            steps=((0.9, "red"),),
         ),
         lines(
             "Logical and physical tokens",

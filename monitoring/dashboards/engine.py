@@ -38,18 +38,21 @@ _LATENCY = Row(
             "From a turn's submission to the engine to its first token.",
             SECONDS,
             *percentiles(lambda share: HERE.quantile(share, TTFT)),
+            logarithmic=True,
         ),
         lines(
             "Inter-token latency",
             "Between two tokens of one answer that follow each other; every gap counts, not the mean of an answer.",
             SECONDS,
             *percentiles(lambda share: HERE.quantile(share, INTER_TOKEN)),
+            logarithmic=True,
         ),
         lines(
             "Whole turn",
             "From a turn's submission to its end.",
             SECONDS,
             *percentiles(lambda share: HERE.quantile(share, TURN_DURATION)),
+            logarithmic=True,
         ),
         lines(
             "Where a turn's time goes",
@@ -65,12 +68,14 @@ _LATENCY = Row(
             "From a turn's submission to its admission.",
             SECONDS,
             *percentiles(lambda share: HERE.quantile(share, QUEUE_TIME)),
+            logarithmic=True,
         ),
         lines(
             "First token by replica",
             "The 95th percentile of each replica: one that stands out is slow, or has the long conversations.",
             SECONDS,
             Query(HERE.quantile(0.95, TTFT, by=("replica",)), "{{replica}}"),
+            logarithmic=True,
         ),
     ),
 )
@@ -112,6 +117,7 @@ _STEPS = Row(
             "Plan, forward and apply of one batch.",
             SECONDS,
             *percentiles(lambda share: HERE.quantile(share, STEP_TIME)),
+            logarithmic=True,
         ),
         lines(
             "Rows computed",

@@ -125,6 +125,7 @@ _TRAFFIC = Row(
             "From a completion request's arrival to the first byte of its answer.",
             SECONDS,
             *percentiles(lambda share: HERE.quantile(share, REQUEST_TTFB)),
+            logarithmic=True,
         ),
         lines(
             "Errors",
@@ -145,6 +146,7 @@ _TRAFFIC = Row(
             "From a turn's submission to its first token. What the first byte takes beyond it is spent before and after the engine.",
             SECONDS,
             *percentiles(lambda share: HERE.quantile(share, TTFT)),
+            logarithmic=True,
         ),
         lines(
             "Work at hand",

@@ -22,8 +22,8 @@ HERE = Scope(window="$__rate_interval", job="$job", replica="$replica")
 SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "loopserve"
 
-SECONDS, BYTES, SHARE, COUNT, PER_SECOND = "s", "bytes", "percentunit", "short", "cps"
-TOKENS_PER_SECOND, REQUESTS_PER_SECOND = "suffix: tok/s", "reqps"
+SECONDS, BYTES, SHARE, COUNT, PER_SECOND = "s", "bytes", "percentunit", "short", "suffix:/s"
+TOKENS_PER_SECOND, REQUESTS_PER_SECOND = "suffix:tok/s", "reqps"
 _FULL_WIDTH = 24
 
 
@@ -53,6 +53,7 @@ class Panel:
     decimals: int | None = None
     steps: tuple[tuple[float, str], ...] = ()  # from this value on, this colour; below the first: green
     by_name: bool = False  # a number that is told by its series' name
+    logarithmic: bool = False  # for latencies, whose median and tail lie orders of magnitude apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,8 @@ def _dress(drawn: Any, panel: Panel, *, instant: bool) -> Any:
     """What every kind of panel has."""
     drawn.title(panel.title).description(panel.description).datasource(SOURCE).unit(panel.unit)
     drawn.targets(_targets(panel, instant=instant)).span(panel.width).height(panel.height)
-    for limit, put in ((panel.lowest, drawn.min), (panel.highest, drawn.max), (panel.decimals, drawn.decimals)):
+    lowest = None if panel.logarithmic else panel.lowest
+    for limit, put in ((lowest, drawn.min), (panel.highest, drawn.max), (panel.decimals, drawn.decimals)):
         if limit is not None:
             put(limit)
     steps = [dashboard.Threshold(value=None, color="green")]
@@ -173,9 +175,15 @@ def _draw_lines(panel: Panel) -> timeseries.Panel:
     drawn.legend(legend.placement(common.LegendPlacement.BOTTOM).calcs([]))
     drawn.tooltip(shapes.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI).sort(common.SortOrder.DESCENDING))
     drawn.color_scheme(build.FieldColor().mode(dashboard.FieldColorModeId.PALETTE_CLASSIC))
-    drawn.line_width(1.5).fill_opacity(40 if panel.stacked else 8).show_points(common.VisibilityMode.NEVER)
+    drawn.line_width(1.5).fill_opacity(40 if panel.stacked else 0 if panel.logarithmic else 8).show_points(
+        common.VisibilityMode.NEVER
+    )
     stacking = common.StackingMode.NORMAL if panel.stacked else common.StackingMode.NONE
     drawn.stacking(shapes.StackingConfig().mode(stacking).group("A"))
+    if panel.logarithmic:
+        drawn.scale_distribution(shapes.ScaleDistributionConfig().type(common.ScaleDistribution.LOG).log(10))
+    if panel.unit == PER_SECOND:
+        drawn.axis_soft_max(1)  # or a line of zeros would lie under an axis up to 100
     if panel.steps:
         drawn.thresholds_style(shapes.GraphThresholdsStyleConfig().mode(common.GraphThresholdsStyleMode.DASHED))
     for query in panel.queries:

@@ -77,24 +77,28 @@ _TURNS = Row(
             "A conversation stays cheap where later turns are no slower than the second.",
             SECONDS,
             Query(HERE.quantile(0.5, TTFT, by=("turn",)), "turn {{turn}}"),
+            logarithmic=True,
         ),
         lines(
             "First token by turn, p95",
             "The same for the slowest of twenty.",
             SECONDS,
             Query(HERE.quantile(0.95, TTFT, by=("turn",)), "turn {{turn}}"),
+            logarithmic=True,
         ),
         lines(
             "Prefill by turn, mean",
             "From a place in the batch to the first token: what a turn adds, not what came before.",
             SECONDS,
             Query(HERE.mean(PREFILL_TIME, by=("turn",)), "turn {{turn}}"),
+            logarithmic=True,
         ),
         lines(
             "Inter-token latency by turn, median",
             "Flat over the turns where decode reads a selection instead of the whole past.",
             SECONDS,
             Query(HERE.quantile(0.5, INTER_TOKEN, by=("turn",)), "turn {{turn}}"),
+            logarithmic=True,
         ),
         lines(
             "Turns a session",
@@ -150,6 +154,7 @@ _PLACE = Row(
             "One routing decision, without the wait for the replica.",
             SECONDS,
             *percentiles(lambda share: HERE.quantile(share, AFFINITY_TIME)),
+            logarithmic=True,
         ),
         lines(
             "Sent to a second replica",
