@@ -13,7 +13,6 @@ from monitoring.catalogue import CATALOGUE, Origin
 from monitoring.settings import MetricsSettings
 from monitoring.tools import find_tool
 
-
 pytestmark = pytest.mark.anyio
 
 
