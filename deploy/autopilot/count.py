@@ -150,11 +150,11 @@ def _removed(snapshot: Snapshot, load: FleetLoad, state: PilotState, settings: A
         wanted, held_s, hold_s = fitting[0], now_s - state.spare_since_s, settings.scale_down_hold_s
     elif settings.min_replicas == 0 and state.replicas_wanted == 1 and state.idle_since_s is not None:
         wanted, held_s, hold_s = 0, now_s - state.idle_since_s, settings.idle_to_zero_s
-    else:
-        return Step(replace(state, vetoed_since_s=None))
+    else:  # patience goes on over data that cannot be believed, not over a load that has come back
+        return Step(replace(state, vetoed_since_s=None) if is_settled else state)
     changed_at_s = max(state.added_at_s, state.removed_at_s)
     if held_s < hold_s or now_s - changed_at_s < settings.scale_down_cooldown_s:
-        return Step(replace(state, vetoed_since_s=None))
+        return Step(state)
     return _unless_warm(load, wanted, held_s, state, settings, now_s)
 
 

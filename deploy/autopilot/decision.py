@@ -54,7 +54,7 @@ def hold(
 ) -> Decision:
     """One round on data that cannot be believed: everything stays, and what has to last begins anew. A request that found no replica
     still wakes one: that needs no data."""
-    waiting = replace(state, calm_since_s=None, spare_since_s=None, idle_since_s=None, vetoed_since_s=None)
+    waiting = replace(state, calm_since_s=None, spare_since_s=None, idle_since_s=None)
     step = Step(waiting) if counts is None else bounded(waiting, settings, now_s)
     if is_woken and step.state.replicas_wanted == 0:
         step = woken(step.state, settings, now_s)

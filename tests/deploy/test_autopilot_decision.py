@@ -163,6 +163,22 @@ def test_warm_conversations_put_a_removal_off_until_patience_is_over():
     assert "idle conversations" in decisions[400].reason
 
 
+def test_a_moment_of_bad_data_does_not_try_patience_anew():
+    full = fleet(at(0.1, warm_bytes=80_000_000), at(0.1, warm_bytes=80_000_000))
+    state = run(full, PilotState(None, 2), 1500)[-1].state
+    state = hold(Untrusted(Cause.STALE, "old"), full.counts, state, SETTINGS, 1500.0).state
+    decisions = run(full, state, 1000, start_s=1501)
+    assert [at_s for at_s, action in acts(decisions) if action is Action.REMOVE][:1] == [300 + 1800]
+
+
+def test_a_load_that_comes_back_does():
+    full = fleet(at(0.1, warm_bytes=80_000_000), at(0.1, warm_bytes=80_000_000))
+    state = run(full, PilotState(None, 2), 1500)[-1].state
+    state = decide(fleet(at(0.5), at(0.5)), state, SETTINGS, 1500.0).state
+    decisions = run(full, state, 1800, start_s=1501)
+    assert not acts(decisions)
+
+
 def test_warm_conversations_with_room_elsewhere_put_nothing_off():
     roomy = at(0.1, warm_bytes=30_000_000)
     decisions = run(fleet(roomy, roomy), PilotState(None, 2), 400)
