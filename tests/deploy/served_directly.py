@@ -36,6 +36,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
 def deploy_from_yaml(settings: DeploySettings) -> str:
     """Deploy, wait until HAProxy knows all replicas and asks the session router, and give its address."""
     args = {name: value for name, value in asdict(settings).items() if name in PASSED_ON}
+    args["autopilot"] = {"mode": "dry-run"}
     app = {"name": "loopserve", "route_prefix": "/", "import_path": "served_directly:application", "args": args}
     text = yaml.safe_dump({"applications": [app]})
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(yaml.safe_load(text)), _blocking=False)

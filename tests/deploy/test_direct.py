@@ -174,6 +174,18 @@ def test_inside_there_is_no_ingress_between_proxy_and_replicas(url: str):
 
 @needs_direct
 @pytest.mark.serve
+def test_inside_the_autopilot_reads_the_replicas_and_its_page_and_metrics_are_served_by_them(http: httpx.Client):  # noqa: F811
+    def whole() -> dict[str, Any] | None:
+        told = http.get("/v1/autopilot").json()
+        return told if len((told.get("snapshot") or {"replicas": ()})["replicas"]) == 3 else None
+
+    told = wait_for(whole)  # a replica that another test has ended may still be on its way back
+    assert told["mode"] == "dry-run"
+    assert f'loopserve_autopilot_mode{{autopilot="{told["id"]}",mode="dry-run"}} 1.0' in http.get("/metrics").text
+
+
+@needs_direct
+@pytest.mark.serve
 @pytest.mark.parametrize("names_itself", [False, True])
 def test_inside_a_tenant_keeps_its_conversations_to_itself(http: httpx.Client, names_itself: bool):  # noqa: F811
     headers = {"x-tenant-id": "acme", **({"x-session-id": "of-acme"} if names_itself else {})}
