@@ -151,7 +151,10 @@ class SessionRouter:
 
         @api.post("/internal/route")
         async def route(request: Request) -> Response:
-            key = placement_key(await request.body(), request.headers, branches_max=self._settings.branches_max)
+            announced = request.headers.get("content-length", "")
+            is_readable = announced.isdigit() and int(announced) <= self._settings.body_bytes_max
+            body = await request.body() if is_readable else b""  # a replica refuses what is too long, and says so
+            key = placement_key(body, request.headers, branches_max=self._settings.branches_max)
             try:
                 async with asyncio.timeout(self._settings.ask_timeout_s):
                     return JSONResponse({"replica_id": await self._choose(key)})

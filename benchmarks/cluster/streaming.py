@@ -11,6 +11,7 @@ taken between neighbours of one round. The client shares the cores with the serv
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -258,4 +259,5 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end with this process
     sys.exit(main())

@@ -60,7 +60,9 @@ def _loopserve(topology: str) -> Iterator[None]:
     from deploy.settings import DeploySettings
     from loopserve.config import EngineConfig
 
-    settings = DeploySettings(port=PORT, topology=topology, local_direct=True, stop_timeout_s=2.0, start_attempts=1)
+    settings = DeploySettings.from_env(
+        port=PORT, topology=topology, replicas=1, local_direct=True, stop_timeout_s=2.0, start_attempts=1
+    )
     with local_cluster(settings):
         app = build_app(settings, engine_config=EngineConfig(), factory="benchmarks.cluster.fake_engine:step_backend")
         serve.run_many([serve.RunTarget(app, name=APP_NAME, route_prefix="/")])
