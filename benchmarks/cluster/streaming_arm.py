@@ -95,11 +95,11 @@ def measure(num_streams: int, *, warm_up_s: float, window_s: float) -> dict[str,
     raise RuntimeError("The client ended without a result.")
 
 
-def server_cpu_s(client: int) -> float:
+def server_cpu_s(client: int, *, proc: Path = Path("/proc")) -> float:
     """CPU seconds of all processes here but this one and the client, their ended children included."""
     total = 0
     own = {client, os.getpid()}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for stat in proc.glob("[0-9]*/stat"):
         if int(stat.parent.name) in own:
             continue
         try:
