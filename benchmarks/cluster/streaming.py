@@ -2,7 +2,7 @@
 
     two_hop   Serve's proxy -> ingress -> handle -> replica        direct   HAProxy -> replica        bare   FastAPI and uvicorn alone
 
-    python -m benchmarks.cluster.streaming            1, 16 and 64 streams, five rounds, about four minutes
+    python -m benchmarks.cluster.streaming            1, 16 and 64 streams, five rounds, about six minutes
 
 All three servers run at once, each in a network of its own, and are measured in turns, the order rotated from round to round; a ratio is
 taken between neighbours of one round. The client shares the cores with the server it reads from, and its own time is not counted.
@@ -244,7 +244,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     add("--rounds", type=int, default=5)
     add("--window-s", type=float, default=3.0)
-    add("--warm-up-s", type=float, default=1.0)
+    add("--warm-up-s", type=float, default=3.0, help="what queued up while the streams began should be gone")
     add("--out", type=Path, default=RESULTS, help="folder of the result files")
     add("--name", default="streaming_overhead", help="of the result files")
     add("--force", action="store_true", help="run on a busy machine")
