@@ -41,7 +41,7 @@ class DeploySettings:
     observe: bool = False  # the live page at /observe; `loopserve observe` turns it on
     body_bytes_max: int = 8 << 20
     branches_max: int = 16  # OpenAI's `n`
-    pieces_per_s: int = 2500  # of streams, that one ingress is sent (two_hop); beyond, one holds several tokens
+    pieces_per_s: int = 4000  # of streams, that one ingress is sent (two_hop); beyond, one holds several tokens
     admission_timeout_s: float = 300.0  # from a request's arrival to its place in the batch
     idle_timeout_s: float = 600.0  # between two pieces of an answer; the first comes after the whole prefill
     ask_timeout_s: float = 2.0  # one question to all replicas

@@ -1,10 +1,11 @@
-"""An engine that computes nothing and never waits: every 5 ms one token for every open stream. What is measured is a token's way.
+"""An engine that computes nothing: every 5 ms, or as often as asked, one token for every open stream. What is measured is a token's way.
 
 Two ways: `step_backend` goes into a replica, as the real engine does, with everything that LoopServe does around it; `bare_api` is what
 one would write without LoopServe. A token's text is the moment it was emitted, in microseconds of this machine's monotonic clock.
 """
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -21,7 +22,8 @@ from loopserve.sessions import SessionInfo
 from loopserve.stats import BudgetDemand, MemoryStats, Occupancy, StatsSink
 
 MODEL = "step-engine"
-STEP_S = 0.005
+STEP_VARIABLE = "STEP_ENGINE_MS"  # in the environment of whatever process steps
+STEP_S = float(os.environ.get(STEP_VARIABLE, "5")) / 1000
 TOKENS_PER_S = 1 / STEP_S  # of one stream
 _ALIVE_CHECK_S = 1.0
 

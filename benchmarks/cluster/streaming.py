@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cluster.fake_engine import STEP_VARIABLE
 from benchmarks.cluster.own_network import ROOT, direct_environment, in_own_network, why_not
 from benchmarks.cluster.streaming_arm import ARMS
 from benchmarks.machine import describe_machine, require_quiet
@@ -30,7 +31,6 @@ from benchmarks.report import RESULTS, Table, settings_of, write_result
 
 BARE = "bare"
 TARGETS = {"direct": 0.9, "two_hop": 0.6}  # of bare's tokens a second
-TOKENS_PER_S_OFFERED = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason is not None:
         sys.exit(reason)
     load_before = require_quiet(forced=options.force)
+    os.environ[STEP_VARIABLE] = str(options.step_ms)
     samples = run(options)
     found = verdicts(samples)
     numbers: dict[str, Any] = {
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables=[verdict_table(found), speed_table(samples)],
             notes=[
                 f"{versions}; one replica, one ingress, the settings of a local run.",
-                f"The engine offers {TOKENS_PER_S_OFFERED} tokens a second to every stream and does not make up for late steps; "
+                f"The engine offers {1000 / options.step_ms:.0f} tokens a second to every stream and does not make up for late steps; "
                 f"windows of {options.window_s:g} s after {options.warm_up_s:g} s, {options.rounds} rounds, ways in turns.",
                 "Latency is from a token's emission to its arrival in the client's process, which shares the cores with the server; where "
                 "a way carries less than is offered, tokens queue and latency grows with the window.",
@@ -241,6 +242,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--streams", type=int, nargs="+", default=[1, 16, 64])
+    add("--step-ms", type=float, default=5.0, help="of the engine; a short one offers more than any way carries")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     add("--rounds", type=int, default=5)
     add("--window-s", type=float, default=3.0)
