@@ -101,6 +101,7 @@ def _turns(axis: Axes, recording: Recording, without: Recording | None) -> None:
     times = range(len(recording))
     axis.plot(times, recording["running"], color=_SHADES["active"], label="in a batch")
     axis.plot(times, recording["waiting"], color=_LINE, label="waiting")
+    axis.plot(times, recording["failed"], color="black", linewidth=1.6, label="failed so far")
     if without is not None:
         axis.plot(range(len(without)), without["waiting"], color=_OTHER, linewidth=0.8, label="waiting, no autopilot")
     _label(axis, "turns")
