@@ -4,11 +4,10 @@ Made from the families of a replica when the page is made, so nothing is counted
 is our replica. `vllm:kv_cache_usage_perc` is 0 to 1 and, as theirs, blind to idle sessions.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.samples import Sample
 
 from monitoring import catalogue as c
 from monitoring.catalogue import Metric
@@ -78,7 +77,7 @@ def _memory_families(
     if c.KV_CAPACITY.name not in by_name or c.KV_BYTES.name not in by_name:
         return ()
     capacity = by_name[c.KV_CAPACITY.name].samples[0].value
-    bytes_by_kind = _by_label(by_name[c.KV_BYTES.name].samples, lambda sample: sample.labels["kind"])
+    bytes_by_kind = {sample.labels["kind"]: sample.value for sample in by_name[c.KV_BYTES.name].samples}
     used = bytes_by_kind.get("active", 0.0) + bytes_by_kind.get("shared", 0.0)
     usage = Family("vllm:kv_cache_usage_perc", "KV cache in use by running requests, 0 to 1.", "gauge")
     usage.add_sample(usage.name, dict(labels), used / capacity if capacity else 0.0)
@@ -87,10 +86,6 @@ def _memory_families(
         config.name, {**labels, "block_size": str(block_tokens), "cache_size_bytes": str(int(capacity))}, 1.0
     )
     return (usage, config)
-
-
-def _by_label(samples: Iterable[Sample], label_of: Callable[[Sample], str]) -> dict[str, float]:
-    return {label_of(sample): sample.value for sample in samples}
 
 
 def _family_name(metric: Metric) -> str:

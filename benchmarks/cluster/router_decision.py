@@ -19,15 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ray.serve._private.common import (
-    DeploymentHandleSource,
-    DeploymentID,
-    ReplicaID,
-    RequestMetadata,
-    RunningReplicaInfo,
-)
-from ray.serve.request_router import PendingRequest, RunningReplica
-
+from benchmarks.cluster.ray_objects import QuietRouter, replica, request, router
 from benchmarks.machine import describe_machine, require_quiet
 from benchmarks.report import RESULTS, Table, settings_of, write_result
 from loopserve.dialogue import Message
@@ -43,10 +35,8 @@ from router.affinity import (
     pack_claims,
 )
 from router.identity import continuation_key, home_key, session_key
-from router.ray_router import AffinityRouter
 
 TARGET_US = 50.0
-DEPLOYMENT = DeploymentID("EngineReplica", "loopserve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +98,6 @@ class Fleet:
         return {"own": own, **load}
 
 
-class _QuietRouter(AffinityRouter):
-    """Does not ask replicas for their queue lengths: there are none."""
-
-    async def _probe_queue_lens(self, replicas: list[RunningReplica], backoff_index: int) -> list[Any]:
-        return []
-
-
 def decision_costs(fleet: Fleet, *, num_requests: int) -> list[Cost]:
     """`Affinity.rank` over a roster that was made ready."""
     affinity = Affinity(AffinitySettings(), clock=time.monotonic)
@@ -131,46 +114,28 @@ KINDS = ("resident", "new", "goes on, not published")
 
 async def hook_costs(fleet: Fleet, *, num_requests: int) -> list[Cost]:
     """`AffinityRouter.choose_replicas`, as Serve calls it for a request, and told of each request's begin and end."""
-    router = _router(fleet)
+    warm = _router(fleet)
     return [
-        _cost(f"choose_replicas, {kind}", [await _hook_s(router, key) for key in fleet.requests(kind, num_requests)])
+        _cost(f"choose_replicas, {kind}", [await _hook_s(warm, key) for key in fleet.requests(kind, num_requests)])
         for kind in KINDS
     ]
 
 
-def _router(fleet: Fleet) -> _QuietRouter:
-    router = _QuietRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA)
-    router.initialize_state()
-    router.update_replicas([_replica(name, stats) for name, stats in fleet.stats.items()])
-    return router
+def _router(fleet: Fleet) -> QuietRouter:
+    made = router()
+    made.update_replicas([replica(name, stats) for name, stats in fleet.stats.items()])
+    return made
 
 
-async def _hook_s(router: _QuietRouter, key: AffinityKey) -> float:
-    metadata_ = RequestMetadata(request_id="r", internal_request_id="i", session_id=encode_affinity(key))
-    request = PendingRequest(args=[], kwargs={}, metadata=metadata_)
+async def _hook_s(router: QuietRouter, key: AffinityKey) -> float:
+    asked = request(encode_affinity(key))
     began_s = time.perf_counter()
-    ranks = await router.choose_replicas(router._replicas_list, request)
+    ranks = await router.choose_replicas(router._replicas_list, asked)
     taken_s = time.perf_counter() - began_s
     taken_by = ranks[0][0].replica_id
-    router.on_request_routed(request, taken_by, None)
-    router.on_request_completed(taken_by, "i")
+    router.on_request_routed(asked, taken_by, None)
+    router.on_request_completed(taken_by, asked.metadata.internal_request_id)
     return taken_s
-
-
-def _replica(name: str, stats: dict[str, Any]) -> RunningReplica:
-    identity = ReplicaID(unique_id=name, deployment_id=DEPLOYMENT)
-    replica = object.__new__(RunningReplica)  # its constructor looks for the actor
-    replica._replica_info = RunningReplicaInfo(
-        replica_id=identity,
-        node_id="node",
-        node_ip="127.0.0.1",
-        availability_zone=None,
-        actor_name=identity.to_full_id_str(),
-        max_ongoing_requests=100,
-        routing_stats=stats,
-    )
-    replica._multiplexed_model_ids = set()
-    return replica
 
 
 def publish_costs(fleet: Fleet, *, num_times: int) -> list[Cost]:

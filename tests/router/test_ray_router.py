@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from ray.serve._private.common import ReplicaID
-from ray_objects import DEPLOYMENT, QuietRouter, replica, request, router
 
 import router.ray_router as ray_router
+from benchmarks.cluster.ray_objects import DEPLOYMENT, QuietRouter, replica, request, router
 from router.affinity import AffinityKey, encode_affinity, pack_claims
 from router.ray_router import CHOICE_ONLY
 
