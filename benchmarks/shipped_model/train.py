@@ -37,6 +37,7 @@ from benchmarks.shipped_model.text import (
     FIRST_TASK,
     IGNORE,
     PAD,
+    REPLY,
     ROLES,
     build_tokenizer,
     special_id,
@@ -44,6 +45,9 @@ from benchmarks.shipped_model.text import (
 from loopserve.evaluation.dialogues import TASKS
 
 _SMOOTHING = 0.97  # of running shares
+_REPLY_WEIGHT = (
+    0.25  # of a reply's token beside an answer's: which words of loose text are worth a note is often anyone's guess
+)
 
 
 @dataclass
@@ -106,6 +110,8 @@ class Optimizers:
     def __init__(self, model: LlamaForCausalLM, weight_decay: float) -> None:
         inner, outer = [], []
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             (inner if parameter.ndim == 2 and "embed" not in name else outer).append(parameter)
         self._parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(inner, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
@@ -137,7 +143,9 @@ def gradients(model: LlamaForCausalLM, batch: Batch) -> tuple[float, Tensor]:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = hidden_states(model, batch.ids[:, :-1], batch.positions[:, :-1])
         logits = model.lm_head(hidden[learned]).float()
-    loss = torch.nn.functional.cross_entropy(logits, wanted)
+    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    weights = torch.where(kinds == REPLY, _REPLY_WEIGHT, 1.0)
+    loss = (losses * weights).sum() / weights.sum()
     loss.backward()  # type: ignore[no-untyped-call]
     hits = (logits.detach().argmax(-1) == wanted).double()
     marked = torch.stack([kinds == FIRST_TASK + index for index in range(len(TASKS))]).double()

@@ -7,7 +7,7 @@ import random
 from collections.abc import Collection
 
 from loopserve.evaluation.dialogues.phrases import TALK, TITLES
-from loopserve.evaluation.dialogues.words import GRAMMAR, Split, phrases_of, text_words
+from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, phrases_of, text_words
 
 _ENDS = (".", ".", ".", ".", "!", ";", ":")
 _NUMBER_SHARE = 0.12  # of pasted sentences that hold a number, so that not every number is an answer
@@ -17,12 +17,12 @@ _WORDS = (5, 15)
 
 
 def small_talk(rng: random.Random, split: Split, num: int, avoid: Collection[str]) -> list[str]:
-    """At most so many different sentences as people say them."""
+    """At most so many different sentences as people say them; in training half of them `blurred`."""
     phrases = phrases_of(TALK, split, num_held_out=3)
-    return [
-        phrase.format(a=_word(rng, avoid), b=_word(rng, avoid), n=rng.randrange(2, 100))
-        for phrase in rng.sample(phrases, min(num, len(phrases)))
-    ]
+    drawn = rng.sample(phrases, min(num, len(phrases)))
+    if split is Split.TRAIN:
+        drawn = [blurred(rng, phrase) if rng.random() < 0.5 else phrase for phrase in drawn]
+    return [phrase.format(a=_word(rng, avoid), b=_word(rng, avoid), n=rng.randrange(2, 100)) for phrase in drawn]
 
 
 def pasted_sentence(rng: random.Random, avoid: Collection[str]) -> str:

@@ -65,7 +65,7 @@ GRAMMAR: tuple[str, ...] = tuple(  # words that hold sentences together
     your yourself
     """.split()  # noqa: SIM905
 )
-_OTHER_NAMES = 64  # of one dialogue at most
+_OTHER_NAMES = 256  # of one dialogue at most
 _ONSETS = "b d f g h j k l m n p r s t v z br dr gr kr pl st tr".split()  # noqa: SIM905
 _VOWELS = "a e i o u".split()  # noqa: SIM905
 _ENDS = ["", "", "l", "m", "n", "r", "s", "x"]
@@ -136,11 +136,11 @@ class Names:
         return len(self._people)
 
     def noun(self) -> str:
-        """A noun; in training often another word. IndexError when all were drawn."""
+        """A noun; in training mostly another word. IndexError when all were drawn."""
         chance = self._rng.random() if self._others else 1.0
         if chance < 0.15:
             return self._take(self.invented().lower())
-        return self._take(self._others.pop() if chance < 0.55 else self._nouns.pop())
+        return self._take(self._others.pop() if chance < 0.8 else self._nouns.pop())
 
     def person(self) -> str:
         """A first name; in training often an invented one. IndexError when all were drawn."""
@@ -190,3 +190,14 @@ def phrases_of(phrases: Sequence[str], split: Split, *, num_held_out: int = 2) -
     if split is Split.TEST:
         return phrases[train + num_held_out :]
     return phrases[train : train + num_held_out] if split is Split.VALIDATION else phrases[:train]
+
+
+def blurred(rng: random.Random, phrase: str) -> str:
+    """A wording with some words exchanged for any others: what is asked or told is known by what it names, not by its words alone."""
+    words = phrase.split(" ")
+    return " ".join(
+        word
+        if "{" in word or not word[-1].isalpha() or rng.random() < 0.6
+        else rng.choice(rng.choice((text_words(), GRAMMAR)))
+        for word in words
+    )
