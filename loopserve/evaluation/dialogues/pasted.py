@@ -7,12 +7,13 @@ import random
 from collections.abc import Collection
 
 from loopserve.evaluation.dialogues.phrases import TALK, TITLES
-from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, phrases_of, text_words
+from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, odd_word, phrases_of, text_words
 
 _ENDS = (".", ".", ".", ".", "!", ";", ":")
 _NUMBER_SHARE = 0.12  # of pasted sentences that hold a number, so that not every number is an answer
 _GRAMMAR_SHARE = 0.4  # of words, as in English
 _COMMA_SHARE = 0.08
+_ODD_SHARE = 0.08  # of the words in training that carry no grammar: else a word in pieces would always be a name
 _WORDS = (5, 15)
 
 
@@ -22,13 +23,17 @@ def small_talk(rng: random.Random, split: Split, num: int, avoid: Collection[str
     drawn = rng.sample(phrases, min(num, len(phrases)))
     if split is Split.TRAIN:
         drawn = [blurred(rng, phrase) if rng.random() < 0.5 else phrase for phrase in drawn]
-    return [phrase.format(a=_word(rng, avoid), b=_word(rng, avoid), n=rng.randrange(2, 100)) for phrase in drawn]
+    return [
+        phrase.format(a=_word(rng, split, avoid), b=_word(rng, split, avoid), n=rng.randrange(2, 100))
+        for phrase in drawn
+    ]
 
 
-def pasted_sentence(rng: random.Random, avoid: Collection[str]) -> str:
+def pasted_sentence(rng: random.Random, split: Split, avoid: Collection[str]) -> str:
     """One sentence of common words in any order: nothing of it is held out, and nothing in it repeats itself."""
     words = [
-        rng.choice(GRAMMAR) if rng.random() < _GRAMMAR_SHARE else _word(rng, avoid) for _ in range(rng.randint(*_WORDS))
+        rng.choice(GRAMMAR) if rng.random() < _GRAMMAR_SHARE else _word(rng, split, avoid)
+        for _ in range(rng.randint(*_WORDS))
     ]
     if rng.random() < _NUMBER_SHARE:
         words.insert(rng.randrange(1, len(words)), str(rng.randrange(10 ** rng.randint(1, 4))))
@@ -40,7 +45,7 @@ def sentences(rng: random.Random, split: Split, num: int, avoid: Collection[str]
     """So many sentences, all small talk (where there is enough) or all pasted."""
     if rng.random() < 0.15:
         return small_talk(rng, split, num, avoid)
-    return [pasted_sentence(rng, avoid) for _ in range(num)]
+    return [pasted_sentence(rng, split, avoid) for _ in range(num)]
 
 
 def filler(rng: random.Random, split: Split, num: int, avoid: Collection[str]) -> str:
@@ -49,7 +54,9 @@ def filler(rng: random.Random, split: Split, num: int, avoid: Collection[str]) -
     return f"{rng.choice(TITLES)}\n{text}" if rng.random() < 0.2 else text
 
 
-def _word(rng: random.Random, avoid: Collection[str]) -> str:
+def _word(rng: random.Random, split: Split, avoid: Collection[str]) -> str:
+    if split is Split.TRAIN and rng.random() < _ODD_SHARE:
+        return odd_word(rng)
     while True:
         word = rng.choice(text_words())
         if word not in avoid:

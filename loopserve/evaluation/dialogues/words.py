@@ -196,8 +196,18 @@ def blurred(rng: random.Random, phrase: str) -> str:
     """A wording with some words exchanged for any others: what is asked or told is known by what it names, not by its words alone."""
     words = phrase.split(" ")
     return " ".join(
-        word
-        if "{" in word or not word[-1].isalpha() or rng.random() < 0.6
-        else rng.choice(rng.choice((text_words(), GRAMMAR)))
-        for word in words
+        word if "{" in word or not word[-1].isalpha() or rng.random() < 0.6 else _any_word(rng) for word in words
     )
+
+
+def _any_word(rng: random.Random) -> str:
+    return odd_word(rng) if rng.random() < 0.25 else rng.choice(rng.choice((text_words(), GRAMMAR)))
+
+
+def odd_word(rng: random.Random) -> str:
+    """The begin of one common word and the end of another: like a real word that nobody listed, it is no token of its own."""
+    while True:
+        first, last = rng.choice(common_words()), rng.choice(common_words())
+        word = first[: rng.randint(1, 5)] + last[-rng.randint(1, 5) :]
+        if split_of(word) is Split.TRAIN:
+            return word
