@@ -143,9 +143,12 @@ class Names:
         return self._take(self._others.pop() if chance < 0.8 else self._nouns.pop())
 
     def person(self) -> str:
-        """A first name; in training often an invented one. IndexError when all were drawn."""
-        if self._split is Split.TRAIN and self._rng.random() < 0.4:
+        """A first name; in training mostly an invented one or another word. IndexError when all were drawn."""
+        chance = self._rng.random() if self._others else 1.0
+        if chance < 0.3:
             return self._take(self.invented())
+        if chance < 0.7:
+            return self._take(self._others.pop())
         return self._take(self._people.pop())
 
     def number(self, num_digits: int) -> str:
