@@ -72,15 +72,15 @@ class DecodeSparsity:
     method: str = "progressive"  # a row of `loopserve.methods.DECODE_RULES`
     budget_tokens: int = 1024  # B, chosen tokens per KV head; sinks and window come on top
     budget_floor_tokens: int = 64  # nobody sets a lower ceiling
-    refresh_outputs: int = 16  # n_d
-    early_refreshes: tuple[int, ...] = (4, 8)  # the first choice is made by prefill rows, so it is corrected early
+    refresh_outputs: int = 1  # n_d: chosen again after so many outputs, ...
+    early_refreshes: tuple[int, ...] = (4, 8)  # ... and after these; then, a promised coverage is checked, too
     measure_outputs: int = 16  # coverage, where no choice scores all keys; 0: only for a `min_coverage`
-    scoring: str = "exact"  # a choice in decode reads "exact" keys | a "sketch" of them: a bit a channel, and a scale
-    scoring_rows: int = 16  # newest queries that score a choice
+    scoring: str = "sketch"  # a choice in decode reads "exact" keys | a "sketch" of them: a bit a channel, and a scale
+    scoring_rows: int = 1  # newest queries that score a choice
     select_per: str = "kv_head"  # "kv_head": the group's scores summed | "query_head"
-    pooling_tokens: int = 7  # max-pool of scores over positions, odd; 1: off
+    pooling_tokens: int = 1  # max-pool of scores over positions, odd; 1: off
     sink_tokens: int = 4
-    window_tokens: int = 32  # newest tokens at the choice, always read, as is everything since
+    window_tokens: int = 4  # newest tokens at the choice, always read, as is everything since
     coverage_alpha: float | None = None  # keep only as many of the B as hold this share of the scored weight
     dense_layers: tuple[int, ...] = ()  # layers that always read everything, in both phases
     rectify: bool = True  # re-prefill the last answer with the next prompt if it was decoded sparse
@@ -115,6 +115,10 @@ class DecodeSparsity:
     def refresh_due(self, decode_step: int) -> bool:
         """Whether a method that chooses on schedule chooses again at decode step 1, 2, ... since the prefill."""
         return decode_step in self.early_refreshes or decode_step % self.refresh_outputs == 0
+
+    def promise_due(self, decode_step: int) -> bool:
+        """Whether a promised coverage is checked at decode step 1, 2, ...; checking reads all keys."""
+        return decode_step in self.early_refreshes or decode_step % (self.measure_outputs or self.refresh_outputs) == 0
 
 
 @dataclass(frozen=True, slots=True)

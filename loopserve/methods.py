@@ -65,6 +65,7 @@ class DecodeRule:
     scores: Scores = Scores.NOTHING
     is_dense: bool = False  # reads every token
     observed_rows: int | None = None  # of the prefill's last; None: `DecodeSparsity.scoring_rows`
+    window_tokens: int | None = None  # newest tokens at the choice, always read; None: `DecodeSparsity.window_tokens`
     page_tokens: int = 1  # tokens are chosen by aligned pages; of the recent ones the page being filled stays
     recent_share: float = 0.0  # of budget and window together: what a window that slides takes at least
 
@@ -83,6 +84,12 @@ class DecodeRule:
             return config.refresh_due(decode_step)
         return self.rechoice is Rechoice.EVERY_STEP
 
+    def chooses_every_step(self, config: DecodeSparsity) -> bool:
+        """Whether a query reads only what was chosen by it, and never what an earlier one chose."""
+        if self.rechoice is Rechoice.ON_SCHEDULE:
+            return config.refresh_outputs == 1
+        return self.rechoice is Rechoice.EVERY_STEP
+
     def measurement_due(self, decode_step: int, config: DecodeSparsity) -> bool:
         """Whether a step measures coverage, if its turn asks for none: where a choice reads all keys anyway, else now and then."""
         if self.scores is Scores.KEYS and config.scoring == "exact":
@@ -95,8 +102,9 @@ class DecodeRule:
             page = self.page_tokens
             return Layout(0, max(0, num_columns - 1) // page * page, budget_tokens // page * page)
         num_sinks = min(config.sink_tokens, num_columns)
-        both = budget_tokens + config.window_tokens
-        num_recent = max(config.window_tokens, int(both * self.recent_share))
+        window = config.window_tokens if self.window_tokens is None else self.window_tokens
+        both = budget_tokens + window
+        num_recent = max(window, int(both * self.recent_share))
         return Layout(num_sinks, max(num_sinks, num_columns - num_recent), both - num_recent)
 
 
@@ -110,10 +118,10 @@ _PREFILL = (
 _DECODE = (
     DecodeRule("dense", is_dense=True),
     DecodeRule("progressive", Rechoice.ON_SCHEDULE, Scores.KEYS),
-    DecodeRule("first_block"),
-    DecodeRule("snapkv", observed_rows=32),
-    DecodeRule("pyramidkv", observed_rows=32),
-    DecodeRule("adakv", observed_rows=32),
+    DecodeRule("first_block", observed_rows=16, window_tokens=32),
+    DecodeRule("snapkv", observed_rows=32, window_tokens=32),
+    DecodeRule("pyramidkv", observed_rows=32, window_tokens=32),
+    DecodeRule("adakv", observed_rows=32, window_tokens=32),
     DecodeRule("h2o", Rechoice.EVERY_STEP, observed_rows=ALL_ROWS, recent_share=0.5),
     DecodeRule("quest", Rechoice.EVERY_STEP, Scores.PAGES, observed_rows=1, page_tokens=16),
     DecodeRule("streaming", Rechoice.EVERY_STEP, recent_share=1.0),

@@ -118,10 +118,11 @@ def _scored_tokens(step: DecodeStep, config: DecodeSparsity, shape: ModelShape) 
     measuring = by_keys if step.measure else 0.0
     if not step.choose or rule.scores is Scores.NOTHING:
         return measuring
-    if rule.scores is Scores.KEYS and (step.measure or config.scoring == "exact"):
-        return by_keys  # choosing and measuring share one pass
     if rule.scores is Scores.KEYS:
-        return step.context_tokens * (-(-shape.head_dim // 8) + _SCALE_BYTES) / (_KV_BYTES * shape.head_dim)
+        if config.scoring == "exact" or (step.measure and not rule.chooses_every_step(config)):
+            return by_keys  # choosing and measuring share one pass
+        sketch_bytes = -(-shape.head_dim // 8) + _SCALE_BYTES
+        return step.context_tokens * sketch_bytes / (_KV_BYTES * shape.head_dim) + measuring
     layout = rule.layout(step.context_tokens, step.budget_tokens, config)
     return layout.num_candidates / rule.page_tokens + measuring
 

@@ -341,7 +341,7 @@ class Scheduler:
             turn.leased_branch.sparse_from = context_tokens - 1
         measure = rule.measurement_due(turn.decode_steps, decode)
         if turn.policy.min_coverage is not None:
-            measure |= decode.refresh_due(turn.decode_steps)
+            measure |= decode.promise_due(turn.decode_steps)
         return SparseDecode(turn.budget_at_choice, measure=measure, choose=choose, dense=turn.window_dense)
 
     def _budget(self, turn: Turn) -> int:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from loopserve.config import DecodeSparsity
 from loopserve.kernels import KeySketch, token_scores
-from loopserve.methods import DecodeRule, Rechoice
+from loopserve.methods import DecodeRule
 from loopserve.sparsity.observation import Observation, summed_per_list
 
 _ROWS_AT_A_TIME = 64  # of a prefill chunk when weights are added up: bounds the intermediate [G, rows, N]
@@ -130,15 +130,15 @@ class TurnSelection:
 
         Returns the share of dense weight that the choice in use held under the queries recorded since it was made or last measured
         (the newest `config.scoring_rows` of them), float32 [H]; None where none is in use, none was recorded, or `measure` is off.
-        A method that chooses at every step is measured by the newest query on what it is about to read. With a `sketch` of the keys, a
-        choice reads that instead of them, unless they are all read to measure.
+        Where every step chooses, the newest query is measured on what it is about to read. With a `sketch` of the keys, a choice reads that
+        instead of them; one that lasts longer than the step takes the keys where they are all read to measure.
         """
         seen = self._observation(layer, key_pool, slots, budget_tokens=budget_tokens, scale=scale)
-        seen = replace(seen, sketch=None if measure else sketch)
         num_new = min(self._num_recorded[layer] - self._num_measured[layer], self._config.scoring_rows)
-        if choose and self._method.rule.rechoice is Rechoice.EVERY_STEP:
-            self._choose(layer, seen)
+        if choose and self._method.rule.chooses_every_step(self._config):
+            self._choose(layer, replace(seen, sketch=sketch))
             choose, num_new = False, 1
+        seen = replace(seen, sketch=None if measure else sketch)
         in_use, coverage = self._choices[layer], None
         if measure and in_use is not None and num_new > 0:
             weights = token_scores(seen.queries[:num_new], key_pool, slots, seen.positions[:num_new], scale=scale)

@@ -15,13 +15,14 @@ class Progressive:
 
     def choose(self, seen: Observation, *, config: DecodeSparsity, layer: int, num_layers: int) -> TokenChoice:
         """See `DecodeMethod.choose`; every layer and list gets the same budget."""
-        return heaviest(newest_scores(seen, config), seen.layout.budget_tokens, coverage_alpha=config.coverage_alpha)
+        scores = newest_scores(seen, config.scoring_rows, config.pooling_tokens)
+        return heaviest(scores, seen.layout.budget_tokens, coverage_alpha=config.coverage_alpha)
 
 
-def newest_scores(seen: Observation, config: DecodeSparsity) -> Tensor:
-    """Weight that the newest `config.scoring_rows` queries give to each candidate, pooled, float32 [Hs, C]."""
-    weights = seen.candidates(seen.weights(config.scoring_rows))
-    return seen.per_list(max_pooled(weights, config.pooling_tokens))
+def newest_scores(seen: Observation, num_rows: int, pooling_tokens: int) -> Tensor:
+    """Weight that the newest `num_rows` queries give to each candidate, max-pooled over positions, float32 [Hs, C]."""
+    weights = seen.candidates(seen.weights(num_rows))
+    return seen.per_list(max_pooled(weights, pooling_tokens))
 
 
 def heaviest(scores: Tensor, budget_tokens: int, *, coverage_alpha: float | None = None) -> TokenChoice:

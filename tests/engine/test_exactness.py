@@ -182,13 +182,17 @@ def test_five_turns_compute_only_what_each_adds_and_answer_as_generate(engine, r
     assert computed == len(history) - 1, "every token but the last once, none twice"
 
 
-@pytest.mark.parametrize("tail_len", [1, 130])
-def test_sparse_path_that_leaves_nothing_out_answers_as_generate(engine, reference, family, tail_len):
+@pytest.mark.parametrize(
+    ("tail_len", "scoring", "refresh_outputs", "refreshes"), [(1, "exact", 16, 4), (130, "sketch", 1, 20)]
+)
+def test_sparse_path_that_leaves_nothing_out_answers_as_generate(
+    engine, reference, family, tail_len, scoring, refresh_outputs, refreshes
+):
     eng, inbox, _ = engine(
         family,
         max_step_prefill_tokens=256,
         prefill=PrefillSparsity(chunk_tokens=256, alpha=1.0, dense_head_share=1.0, tile_tokens=32, local_tokens=32),
-        decode=DecodeSparsity(budget_tokens=4096),
+        decode=DecodeSparsity(budget_tokens=4096, scoring=scoring, refresh_outputs=refresh_outputs),
     )
     prompt = random_ids(256 + tail_len)
     (turn_id,) = submit(eng, inbox, "s", prompt, contract=SPARSE, max_tokens=20)
@@ -197,7 +201,7 @@ def test_sparse_path_that_leaves_nothing_out_answers_as_generate(engine, referen
     assert quality.mode is Mode.SPARSE
     assert quality.dense_fallbacks == 0, "every head went the sparse way"
     assert quality.prefill_cells_computed_share == 1.0
-    assert quality.refreshes == 4  # before outputs 2, 5, 9 and 17
+    assert quality.refreshes == refreshes  # before outputs 2, 5, 9 and 17, or before each
     assert quality.coverage_worst_head == pytest.approx(1.0, abs=1e-5)
     assert quality.kept_tokens == quality.context_tokens > len(prompt)
     branch = eng._sessions.get(SessionId("s")).branches[0]

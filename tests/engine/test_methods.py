@@ -37,7 +37,7 @@ def test_turns_of_one_batch_go_each_by_their_own_methods():
 
 def test_queries_are_watched_on_as_many_last_chunks_as_hold_the_rows_that_choose():
     engine, device = fake_engine(small_config(**ROOMY))  # 16 rows a chunk, 16 rows choose
-    engine.submit(request("s", prompt=PROMPT[:85]), Inbox())
+    engine.submit(request("s", prompt=PROMPT[:85], decode_method="first_block"), Inbox())
     drain(engine)
     chunks = [s for plan in device.plans for s in plan.segments if s.decode is None]
     assert [s.start for s in chunks if s.capture is not None] == [64, 80]

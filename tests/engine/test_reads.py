@@ -19,6 +19,7 @@ CONFIG = DecodeSparsity(
     early_refreshes=(2,),
     refresh_outputs=4,
     measure_outputs=0,
+    scoring="exact",
     sink_tokens=4,
     window_tokens=32,
 )
@@ -71,6 +72,9 @@ def test_measuring_reads_all_keys_unless_a_choice_does_anyway():
 def test_a_sketch_reads_a_bit_a_channel_and_a_scale_and_all_keys_where_it_is_measured():
     sketch = replace(CONFIG, scoring="sketch")  # of 64 channels: 8 bytes and 2, of the 256 that key and value take
     assert planned("progressive", 5, config=sketch) == (137 + 136 + 1002 * 10 / 256 + 137 + 136 + 1004 * 10 / 256) / 4
+    every = replace(sketch, refresh_outputs=1, measure_outputs=4)  # chosen by the sketch all the same
+    sketches = (1001 + 1002 + 1003 + 1004) * 10 / 256
+    assert planned("progressive", 5, config=every) == pytest.approx((4 * 136 + sketches + 1004 / 2) / 4)
     measured = replace(sketch, measure_outputs=4)  # the choice of step 4 reads the keys that its measurement reads
     assert planned("progressive", 5, config=measured) == (137 + 136 + 1002 * 10 / 256 + 137 + 136 + 1004 / 2) / 4
     measured = replace(sketch, measure_outputs=3)
@@ -176,3 +180,14 @@ def test_a_contract_that_wants_coverage_has_it_measured_and_reads_for_it():
         assert [step for step, measure in enumerate(measured, 1) if measure] == ([] if least is None else [3, 5, 10])
         reads.append(inbox.ended[turn_id].usage.quality.read_tokens)
     assert reads[1] - reads[0] == pytest.approx((93 + 95 + 100) / 2 / 11)
+
+
+def test_a_promised_coverage_is_checked_now_and_then_even_where_every_step_chooses():
+    config = small_config(kv_blocks=200)
+    config = replace(config, decode=replace(config.decode, refresh_outputs=1, measure_outputs=6, early_refreshes=(2,)))
+    engine, device = fake_engine(config)
+    engine.submit(request(QualityContract(Mode.SPARSE, 0.0, 20)), Inbox())
+    drain(engine)
+    steps = [s.decode for plan in device.plans for s in plan.segments if s.decode is not None]
+    assert len(steps) > 7 and all(step.choose for step in steps)
+    assert [number for number, step in enumerate(steps, 1) if step.measure] == [2, 6]

@@ -53,7 +53,7 @@ def test_every_key_in_the_pool_has_its_sketch_through_turns_branches_and_erasure
 
 
 def test_no_sketch_is_kept_where_nothing_reads_it(engine):
-    eng, _, _ = engine()
+    eng, _, _ = engine(decode=DecodeSparsity(scoring="exact"))
     assert eng._runner._store.sketches == []
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loopserve.config import DecodeSparsity
+from loopserve.kernels import KeySketch, sketch_scores, store_sketch
 from loopserve.methods import DECODE_RULES
 from loopserve.reads import num_kept_tokens
 from loopserve.sparsity import DECODE_METHODS, TurnSelection
@@ -16,7 +17,13 @@ from loopserve.sparsity.progressive import heaviest
 from tests.sparsity.conftest import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, SCALE, Context, random_context
 
 CONFIG = DecodeSparsity(
-    budget_tokens=16, budget_floor_tokens=1, scoring_rows=4, sink_tokens=2, window_tokens=6, pooling_tokens=3
+    budget_tokens=16,
+    budget_floor_tokens=1,
+    refresh_outputs=16,
+    scoring_rows=4,
+    sink_tokens=2,
+    window_tokens=6,
+    pooling_tokens=3,
 )
 
 
@@ -109,7 +116,9 @@ def test_what_is_always_kept_is_and_the_rest_is_within_the_budget_of_all_layers_
     if coverage_alpha is None:
         assert sum(map(len, lists)) == told
     if method != "dense":
-        both = budget_tokens + CONFIG.sink_tokens + CONFIG.window_tokens + DECODE_RULES[method].page_tokens
+        rule = DECODE_RULES[method]
+        window = CONFIG.window_tokens if rule.window_tokens is None else rule.window_tokens
+        both = budget_tokens + CONFIG.sink_tokens + window + rule.page_tokens
         assert told <= (both + later) * len(lists)
 
 
@@ -180,6 +189,26 @@ def test_coverage_is_the_weight_that_the_old_choice_held_under_the_queries_that_
     expected = torch.stack([weights[h, old[h * len(old) // NUM_HEADS]].sum() for h in range(NUM_HEADS)])
     assert coverage is not None
     torch.testing.assert_close(coverage.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_where_every_step_chooses_by_sketches_the_choice_is_measured_by_the_keys_under_the_query_that_uses_it():
+    config = replace(CONFIG, refresh_outputs=1, scoring_rows=1, pooling_tokens=1)
+    context, selection = random_context(0, 60, sharpness=2.0), new_selection(config=config)
+    sketch = KeySketch.empty(len(context.key_pool), NUM_KV_HEADS, HEAD_DIM, "cpu")
+    store_sketch(context.key_pool[context.slots], sketch, context.slots)
+    record(selection, context, 0, 50)
+    refresh(selection, context, 50, budget_tokens=5)
+    record(selection, context, 50, 51)
+    pool, slots = context.key_pool, context.slots[:51]
+    coverage = selection.refresh(0, pool, slots, budget_tokens=5, scale=SCALE, sketch=sketch)
+    by_sketch = sketch_scores(context.query[50:51], sketch, slots, torch.tensor([50]), scale=SCALE)
+    best = by_sketch[:, 2:45].reshape(NUM_KV_HEADS, -1, 43).sum(dim=1).topk(5, dim=1).indices + 2
+    now = kept(selection, 51)
+    assert [set(columns) for columns in now] == [{0, 1, *row, *range(45, 51)} for row in best.tolist()]
+    weights = Context(context.query, pool, context.value_pool, slots).weights(context.query[50:51], torch.tensor([50]))
+    held = torch.stack([weights[h, 0, now[h * len(now) // NUM_HEADS]].sum() for h in range(NUM_HEADS)])
+    assert coverage is not None
+    torch.testing.assert_close(coverage.double(), held, atol=1e-5, rtol=0)
 
 
 def test_a_choice_at_the_prefills_end_is_the_one_that_a_refresh_would_make_and_nothing_has_used_it_yet():
@@ -253,12 +282,12 @@ def test_layers_choose_apart_and_may_be_left_out():
 def test_a_choice_that_is_never_made_again_is_still_measured() -> None:
     config = DecodeSparsity(budget_tokens=8, budget_floor_tokens=1, window_tokens=2, sink_tokens=1, scoring_rows=4)
     torch.manual_seed(0)
-    keys = torch.randn(40, 1, 8)
+    keys = torch.randn(80, 1, 8)
     selection = TurnSelection(1, 2, 1, 8, config, DECODE_METHODS["first_block"], device="cpu", dtype=torch.float32)
-    selection.record(0, torch.randn(3, 2, 8), torch.arange(27, 30))
-    assert selection.refresh(0, keys, torch.arange(30), budget_tokens=8, scale=0.35) is None
-    before = selection.kept_columns(0, 40)[0]
-    selection.record(0, torch.randn(1, 2, 8), torch.tensor([39]))
-    coverage = selection.refresh(0, keys, torch.arange(40), budget_tokens=8, scale=0.35, choose=False)
+    selection.record(0, torch.randn(3, 2, 8), torch.arange(57, 60))
+    assert selection.refresh(0, keys, torch.arange(60), budget_tokens=8, scale=0.35) is None
+    before = selection.kept_columns(0, 70)[0]
+    selection.record(0, torch.randn(1, 2, 8), torch.tensor([69]))
+    coverage = selection.refresh(0, keys, torch.arange(70), budget_tokens=8, scale=0.35, choose=False)
     assert coverage is not None and (coverage > 0).all() and (coverage < 1).all()
-    assert torch.equal(selection.kept_columns(0, 40)[0], before)
+    assert torch.equal(selection.kept_columns(0, 70)[0], before)
