@@ -58,7 +58,7 @@ def full_recipe(tokens: int, seed: int) -> Recipe:
         Stage(Shape(576, (4, 32), TASKS, (40, 80), surrounded=0.6, **mixed), 0.55, 0.93, 3072, stretched=0.5),
         Stage(Shape(1152, (2, 40), TASKS, (60, 110), surrounded=0.6, **mixed), 0.75, 0.95, 3456, stretched=0.5),
         Stage(
-            Shape(1536, (2, 40), (*TASKS, "multihop"), (70, 140), surrounded=0.6, **mixed),
+            Shape(1536, (2, 40), (*TASKS, "multihop"), (70, 140), surrounded=0.8, **mixed),
             1.0,
             2.0,
             4608,

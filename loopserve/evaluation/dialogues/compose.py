@@ -78,9 +78,14 @@ def make_probed(
     asked = [builder.probe(probe) for probe in probes]
     longest = max(count_tokens(turn.user) + count_tokens(turn.answer) for turn in asked)
     past = builder.past(shape.tokens - longest)
-    return Dialogue(
-        id_, builder.system, (*past, *(replace(turn, answer=builder.signed(turn.answer)) for turn in asked))
-    )
+    return Dialogue(id_, builder.system, (*past, *map(builder.signed, asked)))
+
+
+def _accepted(metric: Metric, words: str, answer: str) -> tuple[str, ...]:
+    """What counts as right: the words wherever they stand in an answer, or for the overlap of words the whole answer."""
+    if metric is Metric.F1:
+        return (answer,)
+    return (words,) if words else ()
 
 
 class _Builder:
@@ -131,9 +136,10 @@ class _Builder:
             self._events.append(_Event(self._rng.random(), told=Piece(text)))
         return tuple(self._turns(sorted(self._events, key=lambda event: event.moment)))
 
-    def signed(self, answer: str) -> str:
-        """An answer at the end of the past, where an instruction about all answers may have been told."""
-        return f"{answer} {self._sign_off}" if self._sign_off else answer
+    def signed(self, turn: Turn) -> Turn:
+        """A probe at the end of the past, where an instruction about all answers may have been told."""
+        answer = f"{turn.answer} {self._sign_off}" if self._sign_off else turn.answer
+        return replace(turn, answer=answer, accepted=_accepted(turn.metric, turn.accepted[0], answer))
 
     def _instruct(self, moment: float) -> None:
         if self._sign_off:
@@ -233,10 +239,16 @@ class _Builder:
         text, answer = self._carelessly(question.text), question.answer
         if event.task != "greeting":
             answer = f"{answer} {signed}" if signed else answer
-            if self._rng.random() < self._shape.surrounded:
+            # What nobody told is asked about alone: amid other text, what was told before is what is asked about.
+            if event.task != "unknown" and self._rng.random() < self._shape.surrounded:
                 text = self._surround(text, self._rng.choice(list(Place)), self._rng.randint(1, 5))
-        accepted = (question.accepted,) if question.accepted else ()
-        return Turn(text, answer, accepted=accepted, metric=event.metric, task=event.task)
+        return Turn(
+            text,
+            answer,
+            accepted=_accepted(event.metric, question.accepted, answer),
+            metric=event.metric,
+            task=event.task,
+        )
 
     def _carelessly(self, text: str) -> str:
         if self._rng.random() >= self._shape.careless:
