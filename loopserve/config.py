@@ -80,7 +80,7 @@ class DecodeSparsity:
     select_per: str = "kv_head"  # "kv_head": the group's scores summed | "query_head"
     pooling_tokens: int = 1  # max-pool of scores over positions, odd; 1: off
     sink_tokens: int = 4
-    window_tokens: int = 4  # newest tokens at the choice, always read, as is everything since
+    window_tokens: int = 1  # newest tokens at the choice, always read, as is everything since
     coverage_alpha: float | None = None  # keep only as many of the B as hold this share of the scored weight
     dense_layers: tuple[int, ...] = ()  # layers that always read everything, in both phases
     rectify: bool = True  # re-prefill the last answer with the next prompt if it was decoded sparse

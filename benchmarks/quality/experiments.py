@@ -60,7 +60,7 @@ _DECODE_OPTIONS: tuple[tuple[Override, ...], ...] = (
     *_one("decode.scoring_rows", "2", "4", "16"),
     *_one("decode.pooling_tokens", "3", "7"),
     *_one("decode.select_per", "query_head"),
-    *_one("decode.window_tokens", "1", "8", "16", "32"),
+    *_one("decode.window_tokens", "4", "16", "32"),
     *_one("decode.dense_layers", "[0]", "[0,1]"),
     *_one("decode.coverage_alpha", "0.9", "0.99"),
     (  # the paper's schedule, with what smooths a choice that has to last
@@ -81,7 +81,7 @@ _PREFILL_OPTIONS: tuple[tuple[Override, ...], ...] = (
 )
 
 _TEST = Wanted(TASKS, num=400, split="test", seed=11)
-_VALIDATION = Wanted(RECALL_TASKS, num=80, split="validation", seed=5)
+_VALIDATION = Wanted(RECALL_TASKS, num=40, split="validation", seed=5)
 _RECALL = Wanted(RECALL_TASKS, num=150, split="test", seed=3)
 _WINDOW: tuple[Override, ...] = (
     ("prefill.local_tokens", "256"),

@@ -4,9 +4,9 @@ import json
 from argparse import Namespace
 
 import pytest
+
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from benchmarks.quality.run import run_experiment
-
 from loopserve.evaluation.engines import build_config, by_engine, check_methods
 from loopserve.evaluation.tasks import Wanted
 from loopserve.evaluation.variants import Budget, make_variants
