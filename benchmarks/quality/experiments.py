@@ -89,6 +89,8 @@ _WINDOW: tuple[Override, ...] = (
     ("prefill.dense_last_rows", "0"),
     ("prefill.dense_head_share", "1.0"),
     ("decode.window_tokens", "256"),
+    ("decode.budget_floor_tokens", "1"),
+    ("decode.budget_tokens", "1"),  # all of it slides with the window
 )
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
