@@ -62,14 +62,15 @@ def run_experiment(name: str, experiment: Experiment, args: argparse.Namespace) 
 
 
 def answer_in_parts(settings: Settings, workers: int) -> None:
-    """Let each worker answer under its share of the variants, and put what they answered where the whole run looks for it."""
+    """Let each worker answer under its share of the variants, and put what they answered beside what the whole run has."""
     parts = [
-        replace(settings, variants=settings.variants[index::workers], out=settings.out / f"part{index}")
+        replace(settings, variants=settings.variants[index::workers], out=settings.out / f"part{index}of{workers}")
         for index in range(min(workers, len(settings.variants)))
     ]
     multiprocessing.spawn(_answer_part, args=(parts,), nprocs=len(parts))  # type: ignore[no-untyped-call]
-    answers = "".join((part.out / ANSWERS).read_text(encoding="utf-8") for part in parts)
-    (settings.out / ANSWERS).write_text(answers, encoding="utf-8")
+    logs = [log for log in (each.out / ANSWERS for each in (settings, *parts)) if log.exists()]
+    lines = dict.fromkeys(line for log in logs for line in log.read_text(encoding="utf-8").split("\n")[:-1])
+    (settings.out / ANSWERS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _answer_part(index: int, parts: list[Settings]) -> None:

@@ -33,6 +33,7 @@ class Recipe:
     warmup_steps: int = 60
     decay_from: float = 0.5  # of the tokens: from there the rate falls in a straight line
     weight_decay: float = 0.05
+    reply_weight: float = 0.25  # of a note's token beside an answer's: what loose text is worth a note is often a guess
     earlier_share: float = 0.2  # of the batches: of an earlier stage
     stretch_positions: int = 12_288  # a stretched dialogue ends at most here
     seed: int = 7

@@ -45,7 +45,6 @@ from benchmarks.shipped_model.text import (
 from loopserve.evaluation.dialogues import TASKS
 
 _SMOOTHING = 0.97  # of running shares
-_REPLY_WEIGHT = 0.25  # of a reply's token beside an answer's: which words of loose text deserve a note is often a guess
 
 
 @dataclass
@@ -134,7 +133,7 @@ class Optimizers:
             part.load_state_dict(state)
 
 
-def gradients(model: LlamaForCausalLM, batch: Batch) -> tuple[float, Tensor]:
+def gradients(model: LlamaForCausalLM, batch: Batch, reply_weight: float) -> tuple[float, Tensor]:
     """Leave the batch's gradients in the model; gives the loss and, by task, how many answer tokens there are and are right, [2, tasks]."""
     learned = batch.kinds[:, 1:] != IGNORE
     wanted, kinds = batch.ids[:, 1:][learned], batch.kinds[:, 1:][learned]
@@ -142,7 +141,7 @@ def gradients(model: LlamaForCausalLM, batch: Batch) -> tuple[float, Tensor]:
         hidden = hidden_states(model, batch.ids[:, :-1], batch.positions[:, :-1])
         logits = model.lm_head(hidden[learned]).float()
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-    weights = torch.where(kinds == REPLY, _REPLY_WEIGHT, 1.0)
+    weights = torch.where(kinds == REPLY, reply_weight, 1.0)
     loss = (losses * weights).sum() / weights.sum()
     loss.backward()  # type: ignore[no-untyped-call]
     hits = (logits.detach().argmax(-1) == wanted).double()
@@ -182,7 +181,7 @@ def train(
     while at.tokens < recipe.tokens:
         started = time.monotonic()
         batch = next(stream)
-        loss, found = gradients(model, batch)
+        loss, found = gradients(model, batch, recipe.reply_weight)
         own = torch.tensor([batch.num_tokens], dtype=torch.float64)
         counts = average(model, torch.cat([own, *(found if batch.stage == at.stage else torch.zeros_like(found))]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
