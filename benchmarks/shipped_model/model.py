@@ -11,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.shipped_model.text import BEGIN, END, PAD, special_id
 
+_LEAST_LETTERS = 3  # of words that share a direction: shorter tokens are mostly parts of others
+_SPELLING = 0.4  # of an embedding's length, for each of a space before and a capital
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -28,7 +31,7 @@ class ModelShape:
 
 
 def build_model(shape: ModelShape, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
-    """An untrained model that starts out looking back, over embeddings that are random and stay so.
+    """An untrained model that starts out looking back, over embeddings that are made (`word_embeddings`) and stay as they are.
 
     A word that was never an answer in training must be found again as well as one that was. Trained, the embeddings of such words
     drift together (the softmax pushes all that is not answered the same way), and held-out names could not be told apart any more.
@@ -52,10 +55,29 @@ def build_model(shape: ModelShape, tokenizer: Tokenizer, seed: int) -> LlamaForC
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        torch.nn.init.normal_(model.model.embed_tokens.weight, std=shape.hidden**-0.5)
-        start_looking_back(model, shape, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        model.model.embed_tokens.weight.copy_(word_embeddings(tokenizer, shape.hidden, generator))
+        start_looking_back(model, shape, generator)
     model.model.embed_tokens.weight.requires_grad_(False)
     return model
+
+
+def word_embeddings(tokenizer: Tokenizer, width: int, generator: torch.Generator) -> Tensor:
+    """Random directions [vocab, width], of length about 1, one for all spellings of a word.
+
+    "Yara", " Yara" and " yara" are three tokens; each is the word's direction plus those of a space before it and of a capital. What is
+    told of a word then holds however it is written, and writing it another way is one step, the same for words never met in training.
+    """
+    texts = [tokenizer.decode([index], skip_special_tokens=False) for index in range(tokenizer.get_vocab_size())]
+    words = [text.strip().lower() for text in texts]
+    first: dict[str, int] = {}
+    shared = [word.isalpha() and len(word) >= _LEAST_LETTERS for word in words]
+    rows = [first.setdefault(word, index) if shared[index] else index for index, word in enumerate(words)]
+    drawn = torch.randn(len(texts) + 2, width, generator=generator) * width**-0.5
+    spaced = torch.tensor([text[:1] == " " and word.isalpha() for text, word in zip(texts, words, strict=True)])
+    capital = torch.tensor([text.strip()[:1].isupper() for text in texts])
+    spelling = spaced[:, None] * drawn[-2] + capital[:, None] * drawn[-1]
+    return (1.0 - _SPELLING**2) ** 0.5 * drawn[rows] + _SPELLING * spelling
 
 
 def start_looking_back(model: LlamaForCausalLM, shape: ModelShape, generator: torch.Generator) -> None:

@@ -51,15 +51,16 @@ def full_recipe(tokens: int, seed: int) -> Recipe:
     }
     mixed: dict[str, Any] = {"asked": 1.0, "asked_again": 0.3, "unknown": 0.15, "sign_off": 0.25}
     facts = ("facts",)
+    hard = (*TASKS, "multihop", "documents", "labels")  # once more: what is learned last
     stages = (
         Stage(Shape(72, (4, 8), facts, (20, 30), asked_again=0.8, surrounded=0.0, **plain), 0.05, enough=0.95),
         Stage(Shape(144, (4, 14), facts, (20, 30), asked_again=0.6, surrounded=0.3, **plain), 0.1, enough=0.93),
         Stage(Shape(200, (4, 16), TASKS, (22, 40), asked_again=0.6, surrounded=0.4, **plain), 0.25, enough=0.9),
         Stage(Shape(320, (4, 24), TASKS, (30, 60), surrounded=0.5, **mixed), 0.4, enough=0.9, stretched=0.3),
         Stage(Shape(576, (4, 32), TASKS, (40, 80), surrounded=0.6, **mixed), 0.55, 0.93, 3072, stretched=0.5),
-        Stage(Shape(1152, (2, 40), TASKS, (60, 110), surrounded=0.6, **mixed), 0.75, 0.95, 3456, stretched=0.5),
+        Stage(Shape(1152, (2, 40), hard, (60, 110), surrounded=0.7, **mixed), 0.75, 0.95, 3456, stretched=0.5),
         Stage(
-            Shape(1536, (2, 40), (*TASKS, "multihop"), (70, 140), surrounded=0.8, **mixed),
+            Shape(1536, (2, 40), hard, (70, 140), surrounded=0.8, **mixed),
             1.0,
             2.0,
             4608,

@@ -282,7 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("loopserve/assets/loopserve-recall"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/shipped_model_training.json"))
     parser.add_argument("--checkpoint", type=Path, required=True, help="resumed from where it exists")
-    parser.add_argument("--tokens", type=float, default=29e6, help="tokens seen in all, resumed parts included")
+    parser.add_argument("--tokens", type=float, default=24e6, help="tokens seen in all, resumed parts included")
     parser.add_argument("--decay-from", type=float, default=None, help="share of the tokens from which the rate falls")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")

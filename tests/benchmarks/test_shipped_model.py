@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.shipped_model import train
 from benchmarks.shipped_model.batches import BatchKey, make_batch
-from benchmarks.shipped_model.model import build_model
+from benchmarks.shipped_model.model import build_model, word_embeddings
 from benchmarks.shipped_model.recipe import full_recipe, tiny_recipe
 from benchmarks.shipped_model.text import IGNORE, REPLY, build_tokenizer, encode_dialogue, special_id
 from loopserve.evaluation.items import Dialogue, Turn
@@ -63,6 +63,20 @@ def test_only_what_the_assistant_says_bears_loss(tokenizer):
 def test_any_text_is_tokenised_and_comes_back(tokenizer):
     text = "Größe 42, 你好 \U0001f600\tand\n\nso on"
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_spellings_of_a_word_are_near_each_other_and_never_the_same(tokenizer):
+    rows = word_embeddings(tokenizer, 192, torch.Generator().manual_seed(1))
+    assert len(rows.unique(dim=0)) == tokenizer.get_vocab_size(), "bytes that are no character of their own included"
+
+    def row(text: str) -> torch.Tensor:
+        (index,) = tokenizer.encode(text).ids
+        return torch.nn.functional.normalize(rows[index], dim=0)
+
+    assert row("The") @ row(" the") > 0.8
+    assert row("What") @ row(" what") > 0.8
+    assert row(" the") @ row(" code") < 0.5
+    assert row(" 4") @ row("4") < 0.5, "digits are copied, and never read as each other"
 
 
 def test_a_jump_in_positions_hides_nothing_and_none_is_the_stock_forward(tokenizer):

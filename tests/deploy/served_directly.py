@@ -1,6 +1,7 @@
 """The application in topology `direct`, deployed as a cluster does it: from YAML, by the call that Serve's REST handler makes."""
 
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -47,14 +48,25 @@ def deploy_from_yaml(settings: DeploySettings) -> str:
         assert status.status != "DEPLOY_FAILED", status
         with httpx.Client(base_url=url, trust_env=False, timeout=START_LIMIT_S) as client:
             ready = client.get("/ready")
-            if ready.status_code == 200 and len(ready.json()["replicas"]) == settings.replicas and _is_placed(client):
+            is_ready = ready.status_code == 200 and len(ready.json()["replicas"]) == settings.replicas
+            if is_ready and _is_placed(client, settings.replicas):
                 return url
         time.sleep(0.5)
     raise AssertionError(f"not all replicas came: {serve.status()}")
 
 
-def _is_placed(client: httpx.Client) -> bool:
-    """Whether requests go where the session router says: until it runs, HAProxy spreads them evenly."""
+def _is_placed(client: httpx.Client, num_replicas: int) -> bool:
+    """Whether requests go where the session router says, and HAProxy knows every replica.
+
+    Until the router runs, HAProxy spreads requests evenly; and one replica alone would answer them all too.
+    """
     body = {"model": MODEL, "messages": [{"role": "user", "content": "tokens=1"}]}
-    said = [client.post("/v1/chat/completions", json=body, headers={"x-session-id": "probe"}) for _ in range(9)]
-    return len({answer.headers.get("x-loopserve-replica") for answer in said}) == 1
+    homes = set()
+    for _ in range(4 * num_replicas):
+        headers = {"x-session-id": f"probe-{uuid.uuid4()}"}
+        said = [client.post("/v1/chat/completions", json=body, headers=headers) for _ in range(3)]
+        found = {answer.headers.get("x-loopserve-replica") for answer in said}
+        if len(found) > 1:
+            return False
+        homes |= found
+    return len(homes) == num_replicas

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from loopserve.cli.dialogue_file import read_dialogues as read_for_replay
 from loopserve.evaluation.dialogues import RECALL_TASKS, TASKS, Shape, Split, make_dialogues, make_past, phrases, words
+from loopserve.evaluation.dialogues.pasted import talk_of
 from loopserve.evaluation.items import Place, Third
 from loopserve.evaluation.loaders import write_dialogues
 from loopserve.evaluation.scoring import score
@@ -51,6 +52,23 @@ def test_no_noun_person_or_wording_is_in_two_splits():
 
 
 @pytest.mark.parametrize("split", list(Split))
+def test_a_dialogues_talk_is_of_its_split_and_comes_back_as_often_in_training_as_elsewhere(split):
+    drawn = [set(talk_of(random.Random(seed), split)) for seed in range(20)]
+    others = {phrase for other in Split if other is not split for phrase in talk_of(random.Random(0), other)}
+    assert not set.union(*drawn) & others
+    held_out = len(talk_of(random.Random(0), Split.TEST))
+    assert min(map(len, drawn)) >= held_out
+    assert (len(set.union(*drawn)) > 4 * held_out) == (split is Split.TRAIN)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([*phrases.ASK_NUMBER, *phrases.TELL_NUMBER, "{noun}?"]))
+def test_a_blurred_wording_names_what_it_named(seed, phrase):
+    blurred = words.blurred(random.Random(seed), phrase)
+    assert re.findall(r"{\w+}", blurred) == re.findall(r"{\w+}", phrase)
+    assert len(blurred.split(" ")) >= len(phrase.split(" "))
+
+
+@pytest.mark.parametrize("split", list(Split))
 def test_what_names_and_answers_belongs_to_the_split(split):
     names = words.Names(random.Random(0), split)
     drawn = [names.noun() for _ in range(10)] + [names.person() for _ in range(6)]
@@ -71,8 +89,10 @@ def test_every_answer_follows_from_the_past_and_from_nothing_else(task):
                 assert int(recalled[-1]) == int(first) + int(second)
                 recalled = [first, second]
             assert all(word.lower() in told for word in recalled)
-            values = [word for word in recalled if word[0].isdigit() or word[0].isupper()]
-            assert not any(value in probe.user for value in values if task not in ("multihop", "sums"))
+            if task == "lists":  # of any words, which pasted text may hold by chance
+                assert not all(item in probe.user for item in recalled[1:])
+            elif task not in ("multihop", "sums"):
+                assert not any(word in probe.user for word in recalled if word[0].isdigit() or word[0].isupper())
 
 
 def test_the_latest_correction_counts():
@@ -125,10 +145,13 @@ def test_a_past_of_any_seed_is_whole_and_about_as_long_as_wanted(seed, tokens, s
 
 @pytest.mark.parametrize("tokens", [400, 2000])
 def test_dialogues_have_the_length_asked_for(tokens):
-    for dialogue in dialogues(num=9, tokens=tokens):
+    lengths = []
+    for dialogue in dialogues(num=27, tokens=tokens):
         past = sum(count(turn.user) + count(turn.answer) for turn in past_of(dialogue))
-        longest = max(count(turn.user) + count(turn.answer) for turn in probes_of(dialogue))
-        assert 0.75 * tokens <= past + longest <= 1.25 * tokens
+        lengths.append(past + max(count(turn.user) + count(turn.answer) for turn in probes_of(dialogue)))
+    assert 0.9 * tokens <= sum(lengths) / len(lengths) <= 1.1 * tokens
+    assert min(lengths) >= 0.75 * tokens
+    assert max(lengths) <= 1.1 * tokens + 100, "at most one puzzle too many"
 
 
 def test_an_instruction_told_once_holds_for_the_answers_after_it():

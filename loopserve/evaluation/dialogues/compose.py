@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loopserve.evaluation.dialogues import phrases as said
-from loopserve.evaluation.dialogues.pasted import filler, sentences
+from loopserve.evaluation.dialogues.pasted import filler, sentences, talk_of
 from loopserve.evaluation.dialogues.tasks import MAKERS, Maker, Piece, Puzzle, Question, recalled, reply_to
 from loopserve.evaluation.dialogues.words import Names, Split
 from loopserve.evaluation.items import Dialogue, Metric, Place, Third, Turn
 
 CountTokens = Callable[[str], int]  # tokens of one message, its markers included
+_PLACES = (*[Place.BEGIN] * 3, *[Place.MIDDLE] * 2, Place.END)  # of past questions: the more often, the harder to find
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class _Builder:
         self._count = count_tokens
         self._make = Maker(rng, split, Names(rng, split))
         self._events: list[_Event] = []
+        self._talk = talk_of(rng, split)
         self._sign_off = ""
         self.system = rng.choice(said.SYSTEM_PROMPTS) if rng.random() < shape.system else ""
 
@@ -129,7 +131,7 @@ class _Builder:
         self._distract(tokens)
         room -= sum(self._cost(event) for event in self._events)
         while True:
-            text = filler(self._rng, self._split, self._rng.randint(1, 6), self._make.names.taken)
+            text = filler(self._rng, self._split, self._rng.randint(1, 6), self._make.names.taken, self._talk)
             room -= self._count(text) - 2  # most share a message with others
             if room < 0:
                 break
@@ -193,7 +195,7 @@ class _Builder:
 
     def _surround(self, text: str, place: Place, num_sentences: int) -> str:
         """The question amid other text, on a line of its own. At the begin and in the middle it is not the newest that was read."""
-        around = sentences(self._rng, self._split, num_sentences, self._make.names.taken)
+        around = sentences(self._rng, self._split, num_sentences, self._make.names.taken, self._talk)
         at = {Place.BEGIN: 0, Place.MIDDLE: (len(around) + 1) // 2, Place.END: len(around)}[place]
         between = "\n" if self._split is not Split.TRAIN or self._rng.random() < 0.7 else " "
         return between.join(part for part in (" ".join(around[:at]), text, " ".join(around[at:])) if part)
@@ -241,7 +243,9 @@ class _Builder:
             answer = f"{answer} {signed}" if signed else answer
             # What nobody told is asked about alone: amid other text, what was told before is what is asked about.
             if event.task != "unknown" and self._rng.random() < self._shape.surrounded:
-                text = self._surround(text, self._rng.choice(list(Place)), self._rng.randint(1, 5))
+                text = self._surround(
+                    text, self._rng.choice(_PLACES), self._rng.randint(1, self._rng.choice((3, 6, 12)))
+                )
         return Turn(
             text,
             answer,

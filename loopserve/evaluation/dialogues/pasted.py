@@ -4,7 +4,7 @@ What names a fact of the dialogue is avoided in it: otherwise a word said by cha
 """
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from loopserve.evaluation.dialogues.phrases import TALK, TITLES
 from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, odd_word, phrases_of, text_words
@@ -14,19 +14,31 @@ _NUMBER_SHARE = 0.12  # of pasted sentences that hold a number, so that not ever
 _GRAMMAR_SHARE = 0.4  # of words, as in English
 _COMMA_SHARE = 0.08
 _ODD_SHARE = 0.08  # of the words in training that carry no grammar: else a word in pieces would always be a name
+_TALK_SHARE = 0.4
+_TALK_HELD_OUT = 16  # sentences each, for validation and test
 _WORDS = (5, 15)
 
 
-def small_talk(rng: random.Random, split: Split, num: int, avoid: Collection[str]) -> list[str]:
-    """At most so many different sentences as people say them; in training half of them `blurred`."""
-    phrases = phrases_of(TALK, split, num_held_out=3)
-    drawn = rng.sample(phrases, min(num, len(phrases)))
-    if split is Split.TRAIN:
-        drawn = [blurred(rng, phrase) if rng.random() < 0.5 else phrase for phrase in drawn]
-    return [
+def talk_of(rng: random.Random, split: Split) -> list[str]:
+    """Sentences that people say in one dialogue, which come back in it.
+
+    In training some of those there are, so that each comes back as often as a held-out one, and half of them `blurred`: whatever word
+    comes back with its sentence is no name.
+    """
+    phrases = phrases_of(TALK, split, num_held_out=_TALK_HELD_OUT)
+    if split is not Split.TRAIN:
+        return list(phrases)
+    drawn = rng.sample(phrases, rng.randint(_TALK_HELD_OUT, len(phrases)))
+    return [blurred(rng, phrase) if rng.random() < 0.5 else phrase for phrase in drawn]
+
+
+def small_talk(rng: random.Random, split: Split, num: int, avoid: Collection[str], talk: Sequence[str]) -> list[str]:
+    """At most so many different sentences of `talk_of`."""
+    told = [
         phrase.format(a=_word(rng, split, avoid), b=_word(rng, split, avoid), n=rng.randrange(2, 100))
-        for phrase in drawn
+        for phrase in rng.sample(talk, min(num, len(talk)))
     ]
+    return [text[0].upper() + text[1:] for text in told]
 
 
 def pasted_sentence(rng: random.Random, split: Split, avoid: Collection[str]) -> str:
@@ -41,16 +53,16 @@ def pasted_sentence(rng: random.Random, split: Split, avoid: Collection[str]) ->
     return text[0].upper() + text[1:] + rng.choice(_ENDS)
 
 
-def sentences(rng: random.Random, split: Split, num: int, avoid: Collection[str]) -> list[str]:
-    """So many sentences, all small talk (where there is enough) or all pasted."""
-    if rng.random() < 0.15:
-        return small_talk(rng, split, num, avoid)
+def sentences(rng: random.Random, split: Split, num: int, avoid: Collection[str], talk: Sequence[str]) -> list[str]:
+    """So many sentences, all as people write them (where there are enough) or all of words in any order."""
+    if rng.random() < _TALK_SHARE:
+        return small_talk(rng, split, num, avoid, talk)
     return [pasted_sentence(rng, split, avoid) for _ in range(num)]
 
 
-def filler(rng: random.Random, split: Split, num: int, avoid: Collection[str]) -> str:
+def filler(rng: random.Random, split: Split, num: int, avoid: Collection[str], talk: Sequence[str]) -> str:
     """A message of so many sentences, sometimes with a title or in lines."""
-    text = ("\n" if rng.random() < 0.2 else " ").join(sentences(rng, split, num, avoid))
+    text = ("\n" if rng.random() < 0.2 else " ").join(sentences(rng, split, num, avoid, talk))
     return f"{rng.choice(TITLES)}\n{text}" if rng.random() < 0.2 else text
 
 

@@ -2,8 +2,8 @@
 
 A word's split is decided by a hash, so it is the same on every machine. A noun of the test split never names a fact in training; as an
 English word it may stand in pasted text and in lists there. In training, many facts are named by other common words and by invented
-ones: over two hundred nouns alone a model learned those nouns by heart and could not repeat any other. Pure Python; knows nothing
-about sentences.
+ones: over two hundred nouns alone a model learned those nouns by heart and could not repeat any other. Pure Python; of
+wordings it knows the words only.
 """
 
 import random
@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import cache
 from importlib import resources
+
+from loopserve.evaluation.dialogues import phrases
 
 
 class Split(StrEnum):
@@ -65,6 +67,8 @@ GRAMMAR: tuple[str, ...] = tuple(  # words that hold sentences together
     your yourself
     """.split()  # noqa: SIM905
 )
+_WORDINGS = ("TELL_", "ASK_", "CORRECT_")
+_MARKS = ".,:;?!"
 _OTHER_NAMES = 256  # of one dialogue at most
 _ONSETS = "b d f g h j k l m n p r s t v z br dr gr kr pl st tr".split()  # noqa: SIM905
 _VOWELS = "a e i o u".split()  # noqa: SIM905
@@ -105,11 +109,13 @@ def text_words() -> tuple[str, ...]:
 
 @cache
 def _other_names() -> tuple[str, ...]:
-    """Common words that name facts in training."""
+    """Common words that name facts in training; none that a wording is made of: asked about a "code", that would name two things."""
+    wordings = [text for name, value in vars(phrases).items() if name.startswith(_WORDINGS) for text in value]
+    told = {word.strip(_MARKS) for text in wordings for word in text.lower().split()}
     return tuple(
         word
         for word in common_words()
-        if len(word) >= 4 and word not in GRAMMAR and word not in NOUNS and split_of(word) is Split.TRAIN
+        if len(word) >= 4 and word not in {*GRAMMAR, *NOUNS} and word not in told and split_of(word) is Split.TRAIN
     )
 
 
@@ -196,11 +202,25 @@ def phrases_of(phrases: Sequence[str], split: Split, *, num_held_out: int = 2) -
 
 
 def blurred(rng: random.Random, phrase: str) -> str:
-    """A wording with some words exchanged for any others: what is asked or told is known by what it names, not by its words alone."""
-    words = phrase.split(" ")
-    return " ".join(
-        word if "{" in word or not word[-1].isalpha() or rng.random() < 0.6 else _any_word(rng) for word in words
-    )
+    """A wording with some words exchanged for any others, or with more of them: what is asked or told is known by what it names."""
+    words = [
+        word if "{" in word or not word[-1].isalpha() or rng.random() < 0.6 else _any_word(rng)
+        for word in phrase.split(" ")
+    ]
+    if rng.random() < 0.5:  # what is named then stands anywhere, and not mostly at the end
+        for _ in range(rng.randint(1, 3)):
+            _insert(rng, words)
+    return " ".join(words)
+
+
+def _insert(rng: random.Random, words: list[str]) -> None:
+    """Put any word before one of `words`, or behind the last, which hands it what it ends with."""
+    at = rng.randint(0, len(words))
+    word = rng.choice(GRAMMAR) if rng.random() < 0.6 else _any_word(rng)
+    if at == len(words):
+        end = words[-1][len(words[-1].rstrip(".?!:;,")) :]
+        words[-1], word = words[-1].removesuffix(end), word + end
+    words.insert(at, word)
 
 
 def _any_word(rng: random.Random) -> str:
