@@ -112,10 +112,9 @@ def _other_names() -> tuple[str, ...]:
     """Common words that name facts in training; none that a wording is made of: asked about a "code", that would name two things."""
     wordings = [text for name, value in vars(phrases).items() if name.startswith(_WORDINGS) for text in value]
     told = {word.strip(_MARKS) for text in wordings for word in text.lower().split()}
+    left_out = {*GRAMMAR, *NOUNS, *told}
     return tuple(
-        word
-        for word in common_words()
-        if len(word) >= 4 and word not in {*GRAMMAR, *NOUNS} and word not in told and split_of(word) is Split.TRAIN
+        word for word in common_words() if len(word) >= 4 and word not in left_out and split_of(word) is Split.TRAIN
     )
 
 
@@ -218,7 +217,7 @@ def _insert(rng: random.Random, words: list[str]) -> None:
     at = rng.randint(0, len(words))
     word = rng.choice(GRAMMAR) if rng.random() < 0.6 else _any_word(rng)
     if at == len(words):
-        end = words[-1][len(words[-1].rstrip(".?!:;,")) :]
+        end = words[-1][len(words[-1].rstrip(_MARKS)) :]
         words[-1], word = words[-1].removesuffix(end), word + end
     words.insert(at, word)
 
