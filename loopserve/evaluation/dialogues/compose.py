@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loopserve.evaluation.dialogues import phrases as said
-from loopserve.evaluation.dialogues.pasted import filler, sentences, talk_of
+from loopserve.evaluation.dialogues.pasted import LooseText
 from loopserve.evaluation.dialogues.tasks import MAKERS, Maker, Piece, Puzzle, Question, recalled, reply_to
 from loopserve.evaluation.dialogues.words import Names, Split
 from loopserve.evaluation.items import Dialogue, Metric, Place, Third, Turn
@@ -62,7 +62,7 @@ class _Event:
 def make_past(rng: random.Random, split: Split, shape: Shape, *, count_tokens: CountTokens, id_: str) -> Dialogue:
     """A dialogue whose questions are asked on the way, none of them a probe."""
     builder = _Builder(rng, split, shape, count_tokens)
-    return Dialogue(id_, builder.system, builder.past(shape.tokens))
+    return Dialogue(id_, builder.system, builder.past())
 
 
 def make_probed(
@@ -78,7 +78,7 @@ def make_probed(
     builder = _Builder(rng, split, shape, count_tokens)
     asked = [builder.probe(probe) for probe in probes]
     longest = max(count_tokens(turn.user) + count_tokens(turn.answer) for turn in asked)
-    past = builder.past(shape.tokens - longest)
+    past = builder.past(but=longest)
     return Dialogue(id_, builder.system, (*past, *map(builder.signed, asked)))
 
 
@@ -89,17 +89,35 @@ def _accepted(metric: Metric, words: str, answer: str) -> tuple[str, ...]:
     return (words,) if words else ()
 
 
+def _told_by(puzzle: Puzzle, moments: Sequence[float]) -> list[_Event]:
+    return [_Event(at, told=piece) for at, piece in zip(moments, puzzle.pieces, strict=True)]
+
+
+def _asked(event: _Event, signed: str) -> Turn:
+    question = event.question
+    assert question is not None, "the event asks"
+    answer = f"{question.answer} {signed}" if signed and event.task != "greeting" else question.answer
+    return Turn(
+        question.text,
+        answer,
+        accepted=_accepted(event.metric, question.accepted, answer),
+        metric=event.metric,
+        task=event.task,
+    )
+
+
 class _Builder:
     def __init__(self, rng: random.Random, split: Split, shape: Shape, count_tokens: CountTokens) -> None:
         self._rng = rng
         self._split = split
         self._shape = shape
         self._count = count_tokens
-        self._make = Maker(rng, split, Names(rng, split))
+        names = Names(rng, split)
+        self._make = Maker(rng, split, names, LooseText(rng, split, names.taken))
         self._events: list[_Event] = []
-        self._talk = talk_of(rng, split)
         self._sign_off = ""
         self.system = rng.choice(said.SYSTEM_PROMPTS) if rng.random() < shape.system else ""
+        self._room = shape.tokens - 1 - (count_tokens(self.system) if self.system else 0)
 
     def probe(self, asked: Probe) -> Turn:
         """Tell a puzzle's pieces in the past, the last in a third of it, and ask at the end."""
@@ -109,7 +127,7 @@ class _Builder:
         if task == "instructions":
             self._instruct(last)
             last = self._rng.random()
-        self._tell(puzzle, last)
+        self._add(*_told_by(puzzle, self._moments(puzzle, last)))
         question = puzzle.questions[-1]
         accepted = question.accepted
         if task == "instructions":
@@ -125,17 +143,12 @@ class _Builder:
             probe=True,
         )
 
-    def past(self, tokens: int) -> tuple[Turn, ...]:
-        """All events in order, as turns of about that many tokens together."""
-        room = tokens - 1 - (self._count(self.system) if self.system else 0)
-        self._distract(tokens)
-        room -= sum(self._cost(event) for event in self._events)
-        while True:
-            text = filler(self._rng, self._split, self._rng.randint(1, 6), self._make.names.taken, self._talk)
-            room -= self._count(text) - 2  # most share a message with others
-            if room < 0:
-                break
-            self._events.append(_Event(self._rng.random(), told=Piece(text)))
+    def past(self, *, but: int = 0) -> tuple[Turn, ...]:
+        """All events in order, as turns of about as many tokens as the dialogue has but for these."""
+        self._room -= but
+        self._distract()
+        self._events = [self._put(event) for event in self._events]
+        self._fill()
         return tuple(self._turns(sorted(self._events, key=lambda event: event.moment)))
 
     def signed(self, turn: Turn) -> Turn:
@@ -148,54 +161,91 @@ class _Builder:
             return
         self._sign_off = self._make.names.invented()
         text = self._make.pick(said.TELL_SIGN_OFF, word=self._sign_off)
-        self._events.append(_Event(moment, told=Piece(text, (f"end {self._sign_off}",)), signs_off=True))
+        self._add(_Event(moment, told=Piece(text, (f"end {self._sign_off}",)), signs_off=True))
 
-    def _distract(self, tokens: int) -> None:
-        """Puzzles that are no probes, with the questions of the past."""
-        shape, rng = self._shape, self._rng
-        room = tokens - sum(self._cost(event) for event in self._events)
+    def _add(self, *events: _Event) -> None:
+        self._events += events
+        self._room -= sum(map(self._cost, events))
+
+    def _distract(self) -> None:
+        """Puzzles that are no probes, with the questions of the past, as long as there is room for them."""
+        shape, rng, names = self._shape, self._rng, self._make.names
         if rng.random() < shape.sign_off:
             self._instruct(rng.random())
-        if rng.random() < shape.unknown and self._make.names.num_nouns_left:
-            self._ask_unknown()
+        if rng.random() < shape.unknown and names.num_nouns_left:
+            self._add(self._unknown())
         if rng.random() < shape.greeting:
             text, reply = rng.choice(said.GREETINGS)
-            self._events.append(_Event(rng.random(), question=Question(text, reply, "", 0), task="greeting"))
-        while room > 0:
+            self._add(_Event(rng.random(), question=Question(text, reply, "", 0), task="greeting"))
+        room = self._room
+        while room > 0 and names.num_nouns_left >= 4 and names.num_people_left >= 1:
             room -= rng.randint(*shape.tokens_a_puzzle)
             task = rng.choice(shape.tasks)
-            if self._make.names.num_nouns_left < 4 or self._make.names.num_people_left < 1:
-                return
             if task == "instructions":
                 continue
-            puzzle = MAKERS[task](self._make)
-            moments = self._tell(puzzle, rng.random() ** 0.7)
-            for question in puzzle.questions:
-                again = 1 + (rng.random() < shape.asked_again)
-                for _ in range(again if rng.random() < shape.asked else 0):
-                    self._ask(puzzle, question, moments)
+            events = self._told_and_asked(MAKERS[task](self._make))
+            if sum(map(self._cost, events)) <= self._room:
+                self._add(*events)
 
-    def _tell(self, puzzle: Puzzle, last: float) -> list[float]:
-        """Put the pieces into the past, the last at moment `last`; gives their moments."""
-        moments = [*sorted(self._rng.random() * last for _ in puzzle.pieces[1:]), last]
-        self._events += [_Event(at, told=piece) for at, piece in zip(moments, puzzle.pieces, strict=True)]
-        return moments
+    def _told_and_asked(self, puzzle: Puzzle) -> list[_Event]:
+        rng, shape = self._rng, self._shape
+        moments = self._moments(puzzle, rng.random() ** 0.7)
+        events = _told_by(puzzle, moments)
+        for question in puzzle.questions:
+            again = 1 + (rng.random() < shape.asked_again)
+            for _ in range(again if rng.random() < shape.asked else 0):
+                events.append(self._asked_of(puzzle, question, moments))
+        return events
 
-    def _ask(self, puzzle: Puzzle, question: Question, moments: Sequence[float]) -> None:
+    def _moments(self, puzzle: Puzzle, last: float) -> list[float]:
+        """When the pieces are told, the last at moment `last`."""
+        return [*sorted(self._rng.random() * last for _ in puzzle.pieces[1:]), last]
+
+    def _asked_of(self, puzzle: Puzzle, question: Question, moments: Sequence[float]) -> _Event:
+        rng = self._rng
         begin = moments[question.after - 1]
         end = moments[question.after] if question.after < len(moments) else 1.0
-        at = begin + (end - begin) * (self._rng.random() * 0.999 + 0.001)
-        self._events.append(_Event(at, question=question, task=puzzle.task, metric=puzzle.metric))
+        at = begin + (end - begin) * (rng.random() * 0.999 + 0.001)
+        return _Event(at, question=question, task=puzzle.task, metric=puzzle.metric)
 
-    def _ask_unknown(self) -> None:
+    def _unknown(self) -> _Event:
         noun = self._make.names.noun()
         text = self._make.pick(said.ASK_NUMBER, noun=noun)
         question = Question(text, recalled(f"{noun} {said.NOT_GIVEN}"), f"{noun} {said.NOT_GIVEN}", 0)
-        self._events.append(_Event(self._rng.random(), question=question, task="unknown"))
+        return _Event(self._rng.random(), question=question, task="unknown")
+
+    def _put(self, event: _Event) -> _Event:
+        """The event, its question as the user puts it: some amid other text, where there is room.
+
+        What nobody told is asked about alone: amid other text, what was told before is what is asked about.
+        """
+        if event.question is None:
+            return event
+        text = self._carelessly(event.question.text)
+        if event.task not in ("greeting", "unknown") and self._rng.random() < self._shape.surrounded:
+            num_sentences = self._rng.randint(1, self._rng.choice((3, 6, 12)))
+            amid = self._surround(text, self._rng.choice(_PLACES), num_sentences)
+            more = self._count(amid) - self._count(text)
+            if more <= self._room:
+                self._room -= more
+                text = amid
+        return replace(event, question=replace(event.question, text=text))
+
+    def _fill(self) -> None:
+        """Text that no question is about, until no further sentence has room."""
+        most = 6  # sentences
+        while most:
+            text = self._make.text.message(self._rng.randint(1, most))
+            cost = self._count(text) - 2  # most share a message with others
+            if cost > self._room:
+                most //= 2
+                continue
+            self._room -= cost
+            self._events.append(_Event(self._rng.random(), told=Piece(text)))
 
     def _surround(self, text: str, place: Place, num_sentences: int) -> str:
         """The question amid other text, on a line of its own. At the begin and in the middle it is not the newest that was read."""
-        around = sentences(self._rng, self._split, num_sentences, self._make.names.taken, self._talk)
+        around = self._make.text.sentences(num_sentences)
         at = {Place.BEGIN: 0, Place.MIDDLE: (len(around) + 1) // 2, Place.END: len(around)}[place]
         between = "\n" if self._split is not Split.TRAIN or self._rng.random() < 0.7 else " "
         return between.join(part for part in (" ".join(around[:at]), text, " ".join(around[at:])) if part)
@@ -218,7 +268,7 @@ class _Builder:
             if event.question is not None:
                 yield from self._told(pending)
                 pending = []
-                yield self._asked(event, signed)
+                yield _asked(event, signed)
                 continue
             assert event.told is not None, "an event tells or asks"
             pending.append(event.told)
@@ -234,25 +284,6 @@ class _Builder:
         between = "\n\n" if self._rng.random() < 0.2 else " "
         text = between.join(piece.text for piece in pieces)
         yield Turn(self._carelessly(text), reply_to(pieces))
-
-    def _asked(self, event: _Event, signed: str) -> Turn:
-        question = event.question
-        assert question is not None, "the event asks"
-        text, answer = self._carelessly(question.text), question.answer
-        if event.task != "greeting":
-            answer = f"{answer} {signed}" if signed else answer
-            # What nobody told is asked about alone: amid other text, what was told before is what is asked about.
-            if event.task != "unknown" and self._rng.random() < self._shape.surrounded:
-                text = self._surround(
-                    text, self._rng.choice(_PLACES), self._rng.randint(1, self._rng.choice((3, 6, 12)))
-                )
-        return Turn(
-            text,
-            answer,
-            accepted=_accepted(event.metric, question.accepted, answer),
-            metric=event.metric,
-            task=event.task,
-        )
 
     def _carelessly(self, text: str) -> str:
         if self._rng.random() >= self._shape.careless:

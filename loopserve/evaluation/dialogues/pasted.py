@@ -4,7 +4,7 @@ What names a fact of the dialogue is avoided in it: otherwise a word said by cha
 """
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from loopserve.evaluation.dialogues.phrases import TALK, TITLES
 from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, odd_word, phrases_of, text_words
@@ -32,44 +32,48 @@ def talk_of(rng: random.Random, split: Split) -> list[str]:
     return [blurred(rng, phrase) if rng.random() < 0.5 else phrase for phrase in drawn]
 
 
-def small_talk(rng: random.Random, split: Split, num: int, avoid: Collection[str], talk: Sequence[str]) -> list[str]:
-    """At most so many different sentences of `talk_of`."""
-    told = [
-        phrase.format(a=_word(rng, split, avoid), b=_word(rng, split, avoid), n=rng.randrange(2, 100))
-        for phrase in rng.sample(talk, min(num, len(talk)))
-    ]
-    return [text[0].upper() + text[1:] for text in told]
+class LooseText:
+    """Draws the text of one dialogue that has nothing to do with its puzzles; what is in `avoid` by then does not stand in it."""
 
+    def __init__(self, rng: random.Random, split: Split, avoid: Collection[str]) -> None:
+        self._rng = rng
+        self._split = split
+        self._avoid = avoid
+        self._talk = talk_of(rng, split)
 
-def pasted_sentence(rng: random.Random, split: Split, avoid: Collection[str]) -> str:
-    """One sentence of common words in any order: nothing of it is held out, and nothing in it repeats itself."""
-    words = [
-        rng.choice(GRAMMAR) if rng.random() < _GRAMMAR_SHARE else _word(rng, split, avoid)
-        for _ in range(rng.randint(*_WORDS))
-    ]
-    if rng.random() < _NUMBER_SHARE:
-        words.insert(rng.randrange(1, len(words)), str(rng.randrange(10 ** rng.randint(1, 4))))
-    text = "".join(word + (", " if rng.random() < _COMMA_SHARE else " ") for word in words[:-1]) + words[-1]
-    return text[0].upper() + text[1:] + rng.choice(_ENDS)
+    def sentence(self) -> str:
+        """Common words in any order: nothing of it is held out, and nothing in it repeats itself."""
+        rng = self._rng
+        words = [
+            rng.choice(GRAMMAR) if rng.random() < _GRAMMAR_SHARE else self._word() for _ in range(rng.randint(*_WORDS))
+        ]
+        if rng.random() < _NUMBER_SHARE:
+            words.insert(rng.randrange(1, len(words)), str(rng.randrange(10 ** rng.randint(1, 4))))
+        text = "".join(word + (", " if rng.random() < _COMMA_SHARE else " ") for word in words[:-1]) + words[-1]
+        return text[0].upper() + text[1:] + rng.choice(_ENDS)
 
+    def sentences(self, num: int) -> list[str]:
+        """So many, all as people write them (where there are enough) or all of words in any order."""
+        if self._rng.random() < _TALK_SHARE:
+            return self._small_talk(num)
+        return [self.sentence() for _ in range(num)]
 
-def sentences(rng: random.Random, split: Split, num: int, avoid: Collection[str], talk: Sequence[str]) -> list[str]:
-    """So many sentences, all as people write them (where there are enough) or all of words in any order."""
-    if rng.random() < _TALK_SHARE:
-        return small_talk(rng, split, num, avoid, talk)
-    return [pasted_sentence(rng, split, avoid) for _ in range(num)]
+    def message(self, num: int) -> str:
+        """So many sentences, sometimes with a title or in lines."""
+        text = ("\n" if self._rng.random() < 0.2 else " ").join(self.sentences(num))
+        return f"{self._rng.choice(TITLES)}\n{text}" if self._rng.random() < 0.2 else text
 
+    def _small_talk(self, num: int) -> list[str]:
+        told = [
+            phrase.format(a=self._word(), b=self._word(), n=self._rng.randrange(2, 100))
+            for phrase in self._rng.sample(self._talk, min(num, len(self._talk)))
+        ]
+        return [text[0].upper() + text[1:] for text in told]
 
-def filler(rng: random.Random, split: Split, num: int, avoid: Collection[str], talk: Sequence[str]) -> str:
-    """A message of so many sentences, sometimes with a title or in lines."""
-    text = ("\n" if rng.random() < 0.2 else " ").join(sentences(rng, split, num, avoid, talk))
-    return f"{rng.choice(TITLES)}\n{text}" if rng.random() < 0.2 else text
-
-
-def _word(rng: random.Random, split: Split, avoid: Collection[str]) -> str:
-    if split is Split.TRAIN and rng.random() < _ODD_SHARE:
-        return odd_word(rng)
-    while True:
-        word = rng.choice(text_words())
-        if word not in avoid:
-            return word
+    def _word(self) -> str:
+        if self._split is Split.TRAIN and self._rng.random() < _ODD_SHARE:
+            return odd_word(self._rng)
+        while True:
+            word = self._rng.choice(text_words())
+            if word not in self._avoid:
+                return word

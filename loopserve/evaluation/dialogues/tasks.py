@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from loopserve.evaluation.dialogues import phrases as said
-from loopserve.evaluation.dialogues.pasted import pasted_sentence
+from loopserve.evaluation.dialogues.pasted import LooseText
 from loopserve.evaluation.dialogues.words import Names, Split, blurred, phrases_of
 from loopserve.evaluation.items import Metric
 
@@ -51,6 +51,7 @@ class Maker:
     rng: random.Random
     split: Split
     names: Names
+    text: LooseText
 
     def pick(self, phrases: tuple[str, ...], **slots: str) -> str:
         """One wording of the split, filled in, with a capital. In training some are `blurred`."""
@@ -91,7 +92,7 @@ def _facts(make: Maker) -> Puzzle:
 
 def _passing(make: Maker) -> Puzzle:
     noun, value = make.names.noun(), make.code()
-    sentences = [pasted_sentence(make.rng, make.split, make.names.taken) for _ in range(make.rng.randint(1, 4))]
+    sentences = [make.text.sentence() for _ in range(make.rng.randint(1, 4))]
     sentences.insert(make.rng.randint(0, len(sentences)), make.pick(said.TELL_NUMBER, noun=noun, value=value))
     return Puzzle(
         "passing", (Piece(" ".join(sentences), (f"{noun} {value}",)),), (_ask_number(make, noun, value, after=1),)
@@ -114,7 +115,7 @@ def _documents(make: Maker) -> Puzzle:
     sentences = [make.rng.choice(said.TITLES) + ":"]
     for noun, value in facts:
         sentences += [make.pick(said.TELL_OWNER, noun=noun, value=value)]
-        sentences += [pasted_sentence(make.rng, make.split, make.names.taken) for _ in range(make.rng.randint(0, 1))]
+        sentences += [make.text.sentence() for _ in range(make.rng.randint(0, 1))]
     questions = tuple(
         Question(make.pick(said.ASK_OWNER, noun=noun), recalled(f"{noun} {value}"), f"{noun} {value}", after=1)
         for noun, value in make.rng.sample(facts, min(2, number))
