@@ -60,7 +60,7 @@ def make_batch(recipe: Recipe, tokenizer: Tokenizer, key: BatchKey) -> Batch:
         return len(text) // 4 + 3  # the tokenizer would be asked for everything twice
 
     dialogues = (make_past(rng, Split.TRAIN, stage.shape, count_tokens=count, id_="") for _ in range(rows))
-    examples = [_cut(encode_dialogue(tokenizer, dialogue), 2 * stage.shape.tokens) for dialogue in dialogues]
+    examples = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
     stretch = [recipe.stretch_positions if rng.random() < stage.stretched else 0 for _ in examples]
     longest = max(len(example.ids) for example in examples)
     pad = special_id(tokenizer, PAD)
@@ -72,10 +72,6 @@ def make_batch(recipe: Recipe, tokenizer: Tokenizer, key: BatchKey) -> Batch:
         kinds[row, :length] = torch.tensor(example.kinds)
         positions[row, :length] = torch.tensor(_positions(rng, example, stretch[row]))
     return Batch(stage_index, ids, kinds, positions, sum(len(example.ids) for example in examples))
-
-
-def _cut(example: Example, most: int) -> Example:
-    return Example(example.ids[:most], example.kinds[:most], tuple(at for at in example.messages if at < most))
 
 
 def _positions(rng: random.Random, example: Example, farthest: int) -> list[int]:

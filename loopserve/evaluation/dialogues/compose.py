@@ -147,7 +147,6 @@ class _Builder:
         """All events in order, as turns of about as many tokens as the dialogue has but for these."""
         self._room -= but
         self._distract()
-        self._events = [self._put(event) for event in self._events]
         self._fill()
         return tuple(self._turns(sorted(self._events, key=lambda event: event.moment)))
 
@@ -173,19 +172,20 @@ class _Builder:
         if rng.random() < shape.sign_off:
             self._instruct(rng.random())
         if rng.random() < shape.unknown and names.num_nouns_left:
-            self._add(self._unknown())
+            self._add(self._put(self._unknown()))
         if rng.random() < shape.greeting:
             text, reply = rng.choice(said.GREETINGS)
-            self._add(_Event(rng.random(), question=Question(text, reply, "", 0), task="greeting"))
-        room = self._room
+            self._add(self._put(_Event(rng.random(), question=Question(text, reply, "", 0), task="greeting")))
+        room, puzzles = self._room, []
         while room > 0 and names.num_nouns_left >= 4 and names.num_people_left >= 1:
             room -= rng.randint(*shape.tokens_a_puzzle)
             task = rng.choice(shape.tasks)
-            if task == "instructions":
-                continue
-            events = self._told_and_asked(MAKERS[task](self._make))
-            if sum(map(self._cost, events)) <= self._room:
-                self._add(*events)
+            if task != "instructions":
+                puzzles.append(self._told_and_asked(MAKERS[task](self._make)))
+        for events in puzzles:  # only now: loose text holds no name of any of them
+            put = [self._put(event) for event in events]
+            if sum(map(self._cost, put)) <= self._room:
+                self._add(*put)
 
     def _told_and_asked(self, puzzle: Puzzle) -> list[_Event]:
         rng, shape = self._rng, self._shape
@@ -215,7 +215,7 @@ class _Builder:
         return _Event(self._rng.random(), question=question, task="unknown")
 
     def _put(self, event: _Event) -> _Event:
-        """The event, its question as the user puts it: some amid other text, where there is room.
+        """The event, its question as the user puts it, some amid other text.
 
         What nobody told is asked about alone: amid other text, what was told before is what is asked about.
         """
@@ -224,11 +224,7 @@ class _Builder:
         text = self._carelessly(event.question.text)
         if event.task not in ("greeting", "unknown") and self._rng.random() < self._shape.surrounded:
             num_sentences = self._rng.randint(1, self._rng.choice((3, 6, 12)))
-            amid = self._surround(text, self._rng.choice(_PLACES), num_sentences)
-            more = self._count(amid) - self._count(text)
-            if more <= self._room:
-                self._room -= more
-                text = amid
+            text = self._surround(text, self._rng.choice(_PLACES), num_sentences)
         return replace(event, question=replace(event.question, text=text))
 
     def _fill(self) -> None:
