@@ -129,7 +129,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         ),
         "decode_choices": Experiment(
             "Which of the choices that the paper leaves open in decode are right?",
-            _VALIDATION,
+            replace(_VALIDATION, num=100),
             (*make_variants(["dense"], ()), *_options("loopserve-decode", TIGHT, *_DECODE_OPTIONS)),
             against="loopserve-decode",
         ),

@@ -29,7 +29,7 @@ class Shape:
     tokens: int  # of the whole dialogue, a probe included
     turns: tuple[int, int] = (2, 40)
     tasks: tuple[str, ...] = tuple(MAKERS)  # of the puzzles that are not probes
-    tokens_a_puzzle: tuple[int, int] = (90, 220)  # one such puzzle for so many tokens
+    tokens_a_puzzle: tuple[int, int] = (90, 220)  # one such puzzle for so many tokens, if it finds room
     asked: float = 0.3  # chance that each question of them is asked in the past
     asked_again: float = 0.0
     surrounded: float = 0.3  # chance that a question of the past stands amid other text
@@ -78,7 +78,7 @@ def make_probed(
     builder = _Builder(rng, split, shape, count_tokens)
     asked = [builder.probe(probe) for probe in probes]
     longest = max(count_tokens(turn.user) + count_tokens(turn.answer) for turn in asked)
-    past = builder.past(but=longest)
+    past = builder.past(reserved=longest)
     return Dialogue(id_, builder.system, (*past, *map(builder.signed, asked)))
 
 
@@ -143,9 +143,9 @@ class _Builder:
             probe=True,
         )
 
-    def past(self, *, but: int = 0) -> tuple[Turn, ...]:
-        """All events in order, as turns of about as many tokens as the dialogue has but for these."""
-        self._room -= but
+    def past(self, *, reserved: int = 0) -> tuple[Turn, ...]:
+        """All events in order, as turns of about as many tokens as the dialogue has, but for those reserved."""
+        self._room -= reserved
         self._distract()
         self._fill()
         return tuple(self._turns(sorted(self._events, key=lambda event: event.moment)))
