@@ -129,7 +129,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         ),
         "decode_choices": Experiment(
             "Which of the choices that the paper leaves open in decode are right?",
-            replace(_VALIDATION, num=100),
+            _VALIDATION,
             (*make_variants(["dense"], ()), *_options("loopserve-decode", TIGHT, *_DECODE_OPTIONS)),
             against="loopserve-decode",
         ),
