@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from loopserve.evaluation.outcomes import paired_interval
 from loopserve.evaluation.scoring import score
 from loopserve.loading import LoadedModel, load_model
 
-BUCKETS = ((1, 5), (6, 10), (11, 15), (16, 20), (21, 40))
+BUCKETS = ((1, 5), (6, 10), (11, 15), (16, 20), (21, 50))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def bucket(scored: Sequence[dict[int, float]], low: int, high: int) -> list[list
 def table(variants: Sequence[Variant], scored: Sequence[list[dict[int, float]]], seed: int) -> Table:
     """Score of each variant by turn number, and the paired difference to dense."""
     header = ("variant", *(f"turns {low} to {high}" for low, high in BUCKETS), "all")
-    bounds = (*BUCKETS, (1, BUCKETS[-1][1]))
+    bounds = (*BUCKETS, (1, sys.maxsize))
     rows = []
     for variant, own in zip(variants, scored, strict=True):
         cells = [variant.name]

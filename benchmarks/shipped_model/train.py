@@ -1,7 +1,7 @@
 """Trains the shipped model: tokenizer, curriculum, export. `python -m benchmarks.shipped_model.train --checkpoint FILE`.
 
 The model is a small Llama that recalls what was told many turns earlier. Training climbs a curriculum of dialogue lengths: recall
-appears in dialogues of under a hundred tokens first, and each longer stage starts from it. Only the assistant's tokens bear loss,
+appears in dialogues of a few facts first, and each longer stage starts from it. Only the assistant's tokens bear loss,
 because what the user says is not predictable. A run is resumed from its checkpoint. `--tiny` goes the whole way in seconds.
 
 Each worker is a process with one thread and its share of every batch; gradients are averaged (gloo). Two such processes see a third more

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.shipped_model import train
@@ -13,6 +14,7 @@ from benchmarks.shipped_model.model import build_model, word_embeddings
 from benchmarks.shipped_model.recipe import full_recipe, tiny_recipe
 from benchmarks.shipped_model.text import IGNORE, REPLY, build_tokenizer, encode_dialogue, special_id
 from loopserve.evaluation.items import Dialogue, Turn
+from loopserve.loading import shipped_model_dir
 
 RECIPE = dataclasses.replace(full_recipe(1000, seed=3), earlier_share=0.0)
 
@@ -35,6 +37,16 @@ def test_a_batch_follows_from_its_key_alone(tokenizer):
 def test_parts_share_a_steps_tokens(tokenizer):
     whole, half = make_batch(RECIPE, tokenizer, BatchKey(0, 4)), make_batch(RECIPE, tokenizer, BatchKey(0, 4, parts=2))
     assert half.ids.shape[0] == whole.ids.shape[0] // 2
+
+
+@pytest.mark.parametrize("stage", RECIPE.stages)
+def test_a_stage_is_as_long_as_its_shape_says(stage):
+    full = Tokenizer.from_file(str(shipped_model_dir() / "tokenizer.json"))
+    alone = dataclasses.replace(RECIPE, stages=(stage,))
+    batches = [make_batch(alone, full, BatchKey(index, 0)) for index in range(6)]
+    mean = sum(batch.num_tokens for batch in batches) / sum(len(batch.ids) for batch in batches)
+    assert 0.9 * stage.shape.tokens <= mean <= 1.25 * stage.shape.tokens
+    assert max(batch.ids.shape[1] for batch in batches) <= 1.5 * stage.shape.tokens
 
 
 @pytest.mark.parametrize("stage", range(len(RECIPE.stages)))

@@ -89,11 +89,11 @@ def _accepted(metric: Metric, words: str, answer: str) -> tuple[str, ...]:
     return (words,) if words else ()
 
 
-def _told_by(puzzle: Puzzle, moments: Sequence[float]) -> list[_Event]:
+def _tellings(puzzle: Puzzle, moments: Sequence[float]) -> list[_Event]:
     return [_Event(at, told=piece) for at, piece in zip(moments, puzzle.pieces, strict=True)]
 
 
-def _asked(event: _Event, signed: str) -> Turn:
+def _asking_turn(event: _Event, signed: str) -> Turn:
     question = event.question
     assert question is not None, "the event asks"
     answer = f"{question.answer} {signed}" if signed and event.task != "greeting" else question.answer
@@ -127,7 +127,7 @@ class _Builder:
         if task == "instructions":
             self._instruct(last)
             last = self._rng.random()
-        self._add(*_told_by(puzzle, self._moments(puzzle, last)))
+        self._add(*_tellings(puzzle, self._moments(puzzle, last)))
         question = puzzle.questions[-1]
         accepted = question.accepted
         if task == "instructions":
@@ -172,36 +172,36 @@ class _Builder:
         if rng.random() < shape.sign_off:
             self._instruct(rng.random())
         if rng.random() < shape.unknown and names.num_nouns_left:
-            self._add(self._put(self._unknown()))
+            self._add(self._as_said(self._unknown()))
         if rng.random() < shape.greeting:
             text, reply = rng.choice(said.GREETINGS)
-            self._add(self._put(_Event(rng.random(), question=Question(text, reply, "", 0), task="greeting")))
+            self._add(self._as_said(_Event(rng.random(), question=Question(text, reply, "", 0), task="greeting")))
         room, puzzles = self._room, []
         while room > 0 and names.num_nouns_left >= 4 and names.num_people_left >= 1:
             room -= rng.randint(*shape.tokens_a_puzzle)
             task = rng.choice(shape.tasks)
             if task != "instructions":
-                puzzles.append(self._told_and_asked(MAKERS[task](self._make)))
-        for events in puzzles:  # only now: loose text holds no name of any of them
-            put = [self._put(event) for event in events]
-            if sum(map(self._cost, put)) <= self._room:
-                self._add(*put)
+                puzzles.append(self._events_of(MAKERS[task](self._make)))
+        for events in puzzles:  # only now: what a question stands amid holds no name of any of them
+            said_so = [self._as_said(event) for event in events]
+            if sum(map(self._cost, said_so)) <= self._room:
+                self._add(*said_so)
 
-    def _told_and_asked(self, puzzle: Puzzle) -> list[_Event]:
+    def _events_of(self, puzzle: Puzzle) -> list[_Event]:
         rng, shape = self._rng, self._shape
         moments = self._moments(puzzle, rng.random() ** 0.7)
-        events = _told_by(puzzle, moments)
+        events = _tellings(puzzle, moments)
         for question in puzzle.questions:
             again = 1 + (rng.random() < shape.asked_again)
             for _ in range(again if rng.random() < shape.asked else 0):
-                events.append(self._asked_of(puzzle, question, moments))
+                events.append(self._asking(puzzle, question, moments))
         return events
 
     def _moments(self, puzzle: Puzzle, last: float) -> list[float]:
         """When the pieces are told, the last at moment `last`."""
         return [*sorted(self._rng.random() * last for _ in puzzle.pieces[1:]), last]
 
-    def _asked_of(self, puzzle: Puzzle, question: Question, moments: Sequence[float]) -> _Event:
+    def _asking(self, puzzle: Puzzle, question: Question, moments: Sequence[float]) -> _Event:
         rng = self._rng
         begin = moments[question.after - 1]
         end = moments[question.after] if question.after < len(moments) else 1.0
@@ -214,7 +214,7 @@ class _Builder:
         question = Question(text, recalled(f"{noun} {said.NOT_GIVEN}"), f"{noun} {said.NOT_GIVEN}", 0)
         return _Event(self._rng.random(), question=question, task="unknown")
 
-    def _put(self, event: _Event) -> _Event:
+    def _as_said(self, event: _Event) -> _Event:
         """The event, its question as the user puts it, some amid other text.
 
         What nobody told is asked about alone: amid other text, what was told before is what is asked about.
@@ -228,7 +228,7 @@ class _Builder:
         return replace(event, question=replace(event.question, text=text))
 
     def _fill(self) -> None:
-        """Text that no question is about, until no further sentence has room."""
+        """Text that no question is about, until even a sentence alone was too long for what is left."""
         most = 6  # sentences
         while most:
             text = self._make.text.message(self._rng.randint(1, most))
@@ -262,19 +262,19 @@ class _Builder:
         pending: list[Piece] = []
         for event in events:
             if event.question is not None:
-                yield from self._told(pending)
+                yield from self._telling_turn(pending)
                 pending = []
-                yield _asked(event, signed)
+                yield _asking_turn(event, signed)
                 continue
             assert event.told is not None, "an event tells or asks"
             pending.append(event.told)
             signed = self._sign_off if event.signs_off else signed
             if self._rng.random() < cut:
-                yield from self._told(pending)
+                yield from self._telling_turn(pending)
                 pending = []
-        yield from self._told(pending)
+        yield from self._telling_turn(pending)
 
-    def _told(self, pieces: Sequence[Piece]) -> Iterator[Turn]:
+    def _telling_turn(self, pieces: Sequence[Piece]) -> Iterator[Turn]:
         if not pieces:
             return
         between = "\n\n" if self._rng.random() < 0.2 else " "

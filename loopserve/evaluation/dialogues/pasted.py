@@ -1,6 +1,7 @@
 """Text without meaning for the questions: small talk, and paragraphs of common words as if pasted from elsewhere. Pure, seeded.
 
-What names a fact of the dialogue is avoided in it: otherwise a word said by chance would now and then look like what is asked about.
+What named a fact of the dialogue by then is not drawn for it: otherwise a word said by chance would often look like what is asked about.
+Now and then it does all the same, as in life: facts are named later, too.
 """
 
 import random
@@ -33,7 +34,7 @@ def talk_of(rng: random.Random, split: Split) -> list[str]:
 
 
 class LooseText:
-    """Draws the text of one dialogue that has nothing to do with its puzzles; what is in `avoid` by then does not stand in it."""
+    """Draws the text of one dialogue that has nothing to do with its puzzles; common words in `avoid` by then are left out."""
 
     def __init__(self, rng: random.Random, split: Split, avoid: Collection[str]) -> None:
         self._rng = rng
