@@ -74,7 +74,8 @@ class DecodeSparsity:
     budget_floor_tokens: int = 64  # nobody sets a lower ceiling
     refresh_outputs: int = 1  # n_d: chosen again after so many outputs, ...
     early_refreshes: tuple[int, ...] = (4, 8)  # ... and after these; then, a promised coverage is checked, too
-    measure_outputs: int = 16  # coverage, where no choice scores all keys; 0: only for a `min_coverage`
+    measure_outputs: int = 64  # coverage, where no choice scores all keys: half a dense step each time; 0: never
+    promise_outputs: int = 16  # a `min_coverage` is checked after so many outputs, by all keys
     scoring: str = "sketch"  # a choice in decode reads "exact" keys | a "sketch" of them: a bit a channel, and a scale
     scoring_rows: int = 1  # newest queries that score a choice
     select_per: str = "kv_head"  # "kv_head": the group's scores summed | "query_head"
@@ -93,8 +94,11 @@ class DecodeSparsity:
             f"decode.budget_tokens is {self.budget_tokens}, below the floor of {self.budget_floor_tokens}",
         )
         _check(
-            self.refresh_outputs > 0 and self.scoring_rows > 0 and self.measure_outputs >= 0,
-            "decode.refresh_outputs and scoring_rows must be positive, measure_outputs not negative",
+            self.refresh_outputs > 0
+            and self.scoring_rows > 0
+            and self.promise_outputs > 0
+            and self.measure_outputs >= 0,
+            "decode.refresh_outputs, scoring_rows and promise_outputs must be positive, measure_outputs not negative",
         )
         _check(self.scoring in ("exact", "sketch"), f"decode.scoring {self.scoring!r} is unknown")
         _check(self.select_per in ("kv_head", "query_head"), f"decode.select_per {self.select_per!r} is unknown")
@@ -118,7 +122,7 @@ class DecodeSparsity:
 
     def promise_due(self, decode_step: int) -> bool:
         """Whether a promised coverage is checked at decode step 1, 2, ...; checking reads all keys."""
-        return decode_step in self.early_refreshes or decode_step % (self.measure_outputs or self.refresh_outputs) == 0
+        return decode_step in self.early_refreshes or decode_step % self.promise_outputs == 0
 
 
 @dataclass(frozen=True, slots=True)

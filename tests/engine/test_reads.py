@@ -168,7 +168,7 @@ def test_a_dense_turn_reports_the_context():
 
 def test_a_contract_that_wants_coverage_has_it_measured_and_reads_for_it():
     config = small_config(kv_blocks=200)
-    config = replace(config, decode=replace(config.decode, measure_outputs=0))
+    config = replace(config, decode=replace(config.decode, measure_outputs=0, promise_outputs=5))
     reads = []
     for least in (None, 0.0):
         engine, device = fake_engine(config)
@@ -184,7 +184,7 @@ def test_a_contract_that_wants_coverage_has_it_measured_and_reads_for_it():
 
 def test_a_promised_coverage_is_checked_now_and_then_even_where_every_step_chooses():
     config = small_config(kv_blocks=200)
-    config = replace(config, decode=replace(config.decode, refresh_outputs=1, measure_outputs=6, early_refreshes=(2,)))
+    config = replace(config, decode=replace(config.decode, refresh_outputs=1, promise_outputs=6, early_refreshes=(2,)))
     engine, device = fake_engine(config)
     engine.submit(request(QualityContract(Mode.SPARSE, 0.0, 20)), Inbox())
     drain(engine)
