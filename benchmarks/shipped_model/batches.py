@@ -57,9 +57,7 @@ def make_batch(recipe: Recipe, tokenizer: Tokenizer, key: BatchKey) -> Batch:
     rows = max(1, stage.batch_tokens // (stage.shape.tokens * key.parts))
 
     def count(text: str) -> int:
-        return (
-            len(text) // 4 + 3
-        )  # short of the tokenizer's by up to a fifth, which would be asked for everything twice
+        return len(text) // 4 + 3  # up to a fifth too few; the tokenizer would be asked for everything twice
 
     dialogues = (make_past(rng, Split.TRAIN, stage.shape, count_tokens=count, id_="") for _ in range(rows))
     examples = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]

@@ -91,6 +91,7 @@ def test_spellings_of_a_word_are_near_each_other_and_never_the_same(tokenizer):
     assert len(both) >= 8
     assert all(row(word) @ row(f" {word}") > 0.8 for word in both)
     assert row("The") @ row(" the") > 0.8
+    assert row("Not") @ row(" not") > 0.8
     assert row(" the") @ row(" code") < 0.5
     assert row(" 4") @ row("4") < 0.5, "digits are copied, and never read as each other"
 

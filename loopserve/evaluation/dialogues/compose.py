@@ -163,6 +163,7 @@ class _Builder:
         self._add(_Event(moment, told=Piece(text, (f"end {self._sign_off}",)), signs_off=True))
 
     def _add(self, *events: _Event) -> None:
+        """Whether there is room for them or not."""
         self._events += events
         self._room -= sum(map(self._cost, events))
 
@@ -184,8 +185,10 @@ class _Builder:
                 puzzles.append(self._events_of(MAKERS[task](self._make)))
         for events in puzzles:  # only now: what a question stands amid holds no name of any of them
             said_so = [self._as_said(event) for event in events]
-            if sum(map(self._cost, said_so)) <= self._room:
-                self._add(*said_so)
+            cost = sum(map(self._cost, said_so))
+            if cost <= self._room:
+                self._events += said_so
+                self._room -= cost
 
     def _events_of(self, puzzle: Puzzle) -> list[_Event]:
         rng, shape = self._rng, self._shape
