@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from benchmarks.shipped_model.model import ModelShape
@@ -37,6 +37,7 @@ class Recipe:
     reply_weight: float = 0.25  # of a note's token beside an answer's: what loose text is worth a note is often a guess
     earlier_share: float = 0.2  # of the batches: of an earlier stage
     stretch_positions: int = 12_288  # a stretched dialogue ends at most here
+    first_stage: int = 0
     seed: int = 7
 
 
@@ -75,6 +76,11 @@ def full_recipe(tokens: int, seed: int) -> Recipe:
         Stage(shapes[6], until=1.0, enough=2.0, batch_tokens=5200, stretched=0.3),
     )
     return Recipe(ModelShape(), stages, tokens, seed=seed)
+
+
+def further(recipe: Recipe) -> Recipe:
+    """For a model that has been through the recipe: its last stages, at a rate that soon falls from two fifths of the first."""
+    return replace(recipe, rate=0.4 * recipe.rate, decay_from=0.15, first_stage=max(0, len(recipe.stages) - 3))
 
 
 def tiny_recipe(seed: int) -> Recipe:

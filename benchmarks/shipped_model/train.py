@@ -16,7 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from benchmarks.shipped_model.batches import Batch, BatchKey, batches
 from benchmarks.shipped_model.model import build_model
-from benchmarks.shipped_model.recipe import Recipe, full_recipe, tiny_recipe
+from benchmarks.shipped_model.recipe import Recipe, full_recipe, further, tiny_recipe
 from benchmarks.shipped_model.text import (
     BEGIN,
     CHAT_TEMPLATE,
@@ -44,6 +44,7 @@ from benchmarks.shipped_model.text import (
 )
 from loopserve.evaluation.dialogues import TASKS
 
+TOKENIZER_FILE = "tokenizer.json"
 _SMOOTHING = 0.97  # of running shares
 
 
@@ -165,10 +166,13 @@ def average(model: LlamaForCausalLM, counts: Tensor) -> Tensor:
 def train(
     recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, checkpoint: Path, log: Callable[[str], None]
 ) -> Progress:
-    """Trains until all tokens were seen, resuming from `checkpoint` where it exists; the first worker saves to it now and then."""
+    """Trains until all tokens were seen, resuming from `checkpoint` where it exists; the first worker saves to it now and then.
+
+    A new run begins with the recipe's `first_stage`.
+    """
     rank, workers = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     optimizers = Optimizers(model, recipe.weight_decay)
-    at = load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else Progress()
+    at = load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else Progress(stage=recipe.first_stage)
 
     def order() -> Iterator[BatchKey]:
         step = at.step
@@ -202,12 +206,15 @@ def train(
     return at
 
 
-def tokenizer_of(recipe: Recipe, checkpoint: Path) -> Tokenizer:
-    """The tokenizer that stands beside the checkpoint; it is made and put there first where there is none."""
+def tokenizer_of(recipe: Recipe, checkpoint: Path, trained: Path | None) -> Tokenizer:
+    """The tokenizer that stands beside the checkpoint; where there is none, that of a `trained` model or a new one is put there first."""
     path = checkpoint.with_suffix(".tokenizer.json")
     if path.exists():
         return Tokenizer.from_file(str(path))
-    tokenizer = build_tokenizer(recipe.seed, recipe.model.vocab, recipe.tokenizer_dialogues)
+    if trained is not None:
+        tokenizer = Tokenizer.from_file(str(trained / TOKENIZER_FILE))
+    else:
+        tokenizer = build_tokenizer(recipe.seed, recipe.model.vocab, recipe.tokenizer_dialogues)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return tokenizer
@@ -240,7 +247,7 @@ def export(directory: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> in
         do_sample=False,
     )
     model.save_pretrained(directory)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer.save(str(directory / TOKENIZER_FILE))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BEGIN,
@@ -282,8 +289,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("loopserve/assets/loopserve-recall"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/shipped_model_training.json"))
     parser.add_argument("--checkpoint", type=Path, required=True, help="resumed from where it exists")
+    parser.add_argument("--trained", type=Path, help="directory of a model to train further, late stages only, at a lower rate")
     parser.add_argument("--tokens", type=float, default=24e6, help="tokens seen in all, resumed parts included")
-    parser.add_argument("--decay-from", type=float, default=None, help="share of the tokens from which the rate falls")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--skip-training", action="store_true", help="export the checkpoint as it is")
@@ -296,8 +303,10 @@ def run_worker(rank: int, args: argparse.Namespace, recipe: Recipe, rendezvous: 
     torch.set_num_threads(1)
     if args.workers > 1:
         distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.workers)
-    tokenizer = tokenizer_of(recipe, args.checkpoint)
+    tokenizer = tokenizer_of(recipe, args.checkpoint, args.trained)
     model = build_model(recipe.model, tokenizer, recipe.seed)
+    if args.trained is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.trained, dtype=torch.float32).state_dict())
     if args.skip_training:
         at = load_checkpoint(args.checkpoint, model)
     else:
@@ -314,9 +323,9 @@ def main() -> None:
     """Tokenizer, training, export, results."""
     args = parse_arguments()
     recipe = tiny_recipe(args.seed) if args.tiny else full_recipe(int(args.tokens), args.seed)
-    if args.decay_from is not None:
-        recipe = replace(recipe, decay_from=args.decay_from)
-    tokenizer_of(recipe, args.checkpoint)  # made once, before the workers look for it
+    if args.trained is not None:
+        recipe = further(recipe)
+    tokenizer_of(recipe, args.checkpoint, args.trained)  # made once, before the workers look for it
     if args.workers == 1 or args.skip_training:
         args.workers = 1
         run_worker(0, args, recipe, "")
