@@ -29,6 +29,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from benchmarks.shipped_model.batches import Batch, BatchKey, batches
 from benchmarks.shipped_model.model import build_model
+from benchmarks.shipped_model.muon import Muon
 from benchmarks.shipped_model.recipe import Recipe, full_recipe, further, tiny_recipe
 from benchmarks.shipped_model.text import (
     BEGIN,
@@ -112,7 +113,7 @@ class Optimizers:
                 continue
             (inner if parameter.ndim == 2 and "embed" not in name else outer).append(parameter)
         self._parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(inner, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            Muon(inner, weight_decay=weight_decay),
             torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=weight_decay),
         )
 
@@ -134,11 +135,16 @@ class Optimizers:
             part.load_state_dict(state)
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself; where it does not, they are forty times slower than float32 ones."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def gradients(model: LlamaForCausalLM, batch: Batch, reply_weight: float) -> tuple[float, Tensor]:
     """Leave the batch's gradients in the model; gives the loss and, by task, how many answer tokens there are and are right, [2, tasks]."""
     learned = batch.kinds[:, 1:] != IGNORE
     wanted, kinds = batch.ids[:, 1:][learned], batch.kinds[:, 1:][learned]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
         hidden = hidden_states(model, batch.ids[:, :-1], batch.positions[:, :-1])
         logits = model.lm_head(hidden[learned]).float()
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
@@ -266,7 +272,7 @@ def export(directory: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> in
 def describe(recipe: Recipe, at: Progress, model: LlamaForCausalLM, *, size_bytes: int, workers: int) -> dict[str, Any]:
     """What a run was, for the results."""
     return {
-        "machine": f"{platform.machine()} CPU, {workers} processes of one thread, bfloat16 autocast",
+        "machine": f"{platform.machine()} CPU, {workers} processes of one thread, {'bfloat16 autocast' if has_bfloat16() else 'float32'}",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -289,7 +295,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("loopserve/assets/loopserve-recall"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/shipped_model_training.json"))
     parser.add_argument("--checkpoint", type=Path, required=True, help="resumed from where it exists")
-    parser.add_argument("--trained", type=Path, help="directory of a model to train further, late stages only, at a lower rate")
+    parser.add_argument(
+        "--trained", type=Path, help="directory of a model to train further, late stages only, at a lower rate"
+    )
     parser.add_argument("--tokens", type=float, default=24e6, help="tokens seen in all, resumed parts included")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")

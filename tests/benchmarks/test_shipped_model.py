@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.shipped_model import train
 from benchmarks.shipped_model.batches import BatchKey, make_batch
 from benchmarks.shipped_model.model import build_model, word_embeddings
-from benchmarks.shipped_model.recipe import full_recipe, tiny_recipe
+from benchmarks.shipped_model.muon import Muon, orthogonalized
+from benchmarks.shipped_model.recipe import full_recipe, further, tiny_recipe
 from benchmarks.shipped_model.text import IGNORE, REPLY, build_tokenizer, encode_dialogue, special_id
 from loopserve.evaluation.items import Dialogue, Turn
 from loopserve.loading import shipped_model_dir
@@ -108,6 +109,73 @@ def test_a_jump_in_positions_hides_nothing_and_none_is_the_stock_forward(tokeniz
         jumped = plain + 100 * (plain >= 10)
         one, other = (train.hidden_states(model, each, jumped) for each in (ids, changed))
     assert not torch.allclose(one[:, -1], other[:, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24), (1, 5)])
+def test_an_orthogonalized_matrix_has_singular_values_near_one_and_the_same_directions(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    update = orthogonalized(matrix)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    made = left.T @ update @ right.T  # diagonal where the directions are the same
+    large = values > 0.05 * values[0]  # five steps lift these
+    assert ((made.diag()[large] > 0.6) & (made.diag()[large] < 1.3)).all()
+    assert (made - made.diag().diag()).abs().max() < 1e-4
+
+
+def test_nothing_orthogonalized_is_nothing():
+    assert not orthogonalized(torch.zeros(4, 6)).any()
+
+
+def test_muon_moves_as_torchs_own_but_for_the_rounding_of_bfloat16():
+    generator = torch.Generator().manual_seed(2)
+    ours, theirs = (torch.nn.Parameter(torch.ones(12, 20)) for _ in range(2))
+    optimizers = (
+        Muon([ours], weight_decay=0.1),
+        torch.optim.Muon([theirs], weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(5):
+        gradient = torch.randn(12, 20, generator=generator)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            optimizer.step()
+    moved = (theirs - 1).norm()
+    assert (ours - theirs).norm() < 0.03 * moved  # bfloat16 has 8 bits, and five steps add up
+
+
+def test_training_further_begins_late_and_at_a_lower_rate():
+    recipe = full_recipe(1000, seed=3)
+    late = further(recipe)
+    assert late.stages == recipe.stages
+    assert late.first_stage == len(recipe.stages) - 3
+    assert 0 < late.rate < recipe.rate / 2
+
+
+def test_a_trained_model_is_trained_further_with_its_own_tokenizer(tmp_path, monkeypatch):
+    def run(name: str, *more: str) -> dict:
+        arguments = ["train", "--tiny", "--workers", "1", "--checkpoint", str(tmp_path / name / "a.pt")]
+        arguments += [
+            "--out",
+            str(tmp_path / name / "model"),
+            "--results",
+            str(tmp_path / name / "results.json"),
+            *more,
+        ]
+        monkeypatch.setattr("sys.argv", arguments)
+        train.main()
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    run("first", "--seed", "3")
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "first" / "model").state_dict()
+    record = run("second", "--seed", "4", "--trained", str(tmp_path / "first" / "model"))
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "second" / "model").state_dict()
+    tokenizers = [(tmp_path / name / "model" / "tokenizer.json").read_text() for name in ("first", "second")]
+    assert tokenizers[0] == tokenizers[1]
+    assert torch.equal(first["model.embed_tokens.weight"], second["model.embed_tokens.weight"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert 0 < (second[name] - first[name]).norm() < 0.5 * first[name].norm(), "it went on from there"
+    assert record["recipe"]["rate"] == further(tiny_recipe(4)).rate
 
 
 def test_a_toy_run_is_resumed_and_its_export_is_a_stock_checkpoint(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Wordings put together from parts, thousands of each list of `phrases`: for training alone, and never one that is kept for validation or test.
+"""Wordings put together from parts, thousands for each list of `phrases`: for training alone, and never one that is held out.
 
 From the sixty wordings of a list a model learns those sentences; from parts that meet in many orders it learns which word of a sentence
 is the one that is asked about. A `[PART]` stands for any of its alternatives; what is left of a `{slot}` is filled in as in any wording.
@@ -56,7 +56,15 @@ _PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "NAME": ("name", "name", "name", "title", "word", "owner", "place", "entry"),
         "TIED": (
-            *("connected with", "listed beside", "written next to", "tied to", "linked to", "on file for", "meant with"),
+            *(
+                "connected with",
+                "listed beside",
+                "written next to",
+                "tied to",
+                "linked to",
+                "on file for",
+                "meant with",
+            ),
             *("mentioned with", "found beside", "noted for", "printed next to", "recorded for"),
         ),
         "PAPER": ("report", "text", "paper", "document", "article", "notes", "page", "letter"),
@@ -67,7 +75,19 @@ _PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "HAVE": ("[HOLD]", "[HOLD]", "counted", "found", "ordered", "received"),
         "SUM": ("sum", "total", "count of both", "whole amount"),
         "HOLDS": (
-            *("holds", "keeps", "rents", "borrowed", "drives", "guards", "runs", "shares", "cleans", "manages", "fetched"),
+            *(
+                "holds",
+                "keeps",
+                "rents",
+                "borrowed",
+                "drives",
+                "guards",
+                "runs",
+                "shares",
+                "cleans",
+                "manages",
+                "fetched",
+            ),
             *("signed for", "is using", "has taken", "is allowed to use", "is responsible for", "now owns"),
         ),
         "ASK_NUMBER": (
@@ -90,9 +110,27 @@ _PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "WE": ("I", "I", "we", "they", "people", "you"),
         "KNOW": ("know", "still have", "have", "recall", "happen to know", "see"),
         "CAN": ("can", "could", "will", "would"),
-        "GIVE": ("give me", "tell me", "send me", "find", "look up", "check", "bring up", "read me", "show me", "let me have"),
+        "GIVE": (
+            "give me",
+            "tell me",
+            "send me",
+            "find",
+            "look up",
+            "check",
+            "bring up",
+            "read me",
+            "show me",
+            "let me have",
+        ),
         "MISS": (
-            *("cannot remember", "have forgotten", "am looking for", "would like to have", "cannot find", "do not recall"),
+            *(
+                "cannot remember",
+                "have forgotten",
+                "am looking for",
+                "would like to have",
+                "cannot find",
+                "do not recall",
+            ),
             *("have to know", "am missing", "must know", "was asked for", "never wrote down", "want to know"),
         ),
         "GET_INTO": ("open", "unlock", "get into", "use", "start", "enter", "operate", "switch on"),
@@ -110,7 +148,15 @@ _PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "On [ITS] there is the [THING] {value}.",
             "[ITS] has {value}.",
         ),
-        "LOOK": ("listen", "in case you wonder", "for later", "for the record", "before I go", "as you may know", "I think"),
+        "LOOK": (
+            "listen",
+            "in case you wonder",
+            "for later",
+            "for the record",
+            "before I go",
+            "as you may know",
+            "I think",
+        ),
         "ASK_LINK": (
             "{person} [WANTS] [A] [THING][AGAIN][END]",
             "{person} [WANTS] [A] [THING][AGAIN][END]",

@@ -632,7 +632,7 @@ TALK = (
     "There was a letter on the table, and it had not been there before.",
     "She had been told to wait, so she waited, and after a while she began to count the tiles.",
     "Far away a dog barked; then it was quiet again.",
-    "\"You cannot mean that,\" he said, and poured himself another cup.",
+    '"You cannot mean that," he said, and poured himself another cup.',
     "They were rich once, people say, but that was long before the {a}.",
     "The captain looked at the sky, shook his head and gave orders to turn round.",
     "What nobody had thought of was the {a}, of all things.",
