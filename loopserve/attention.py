@@ -228,9 +228,18 @@ def _sparse_decode(
     if order.dense:
         return paged_decode(query, key_pool, value_pool, slots[None, None], None, scale=scale)
     decode.selection.note_read(layer, query, key_pool, slots, scale=scale)
+    decode.selection.note_values(layer, value_pool, slots)
     columns, valid = decode.selection.kept_columns(layer, num_tokens)
     kept_slots = slots[columns].unsqueeze(0)  # [1, Hs, M]
-    return paged_decode(query, key_pool, value_pool, kept_slots, None if valid is None else valid[None], scale=scale)
+    return paged_decode(
+        query,
+        key_pool,
+        value_pool,
+        kept_slots,
+        None if valid is None else valid[None],
+        scale=scale,
+        left_out=decode.selection.left_out(layer),
+    )
 
 
 def _prefill(
@@ -262,6 +271,7 @@ def _capture(
     selection.observe(layer, queries, positions, key_pool, slots, scale=scale)
     if order.choose:
         selection.choose(layer, key_pool, slots, budget_tokens=order.budget_tokens, scale=scale)
+        selection.note_values(layer, plan.store.values[layer], slots)
 
 
 def _sparse_prefill(

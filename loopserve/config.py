@@ -77,6 +77,9 @@ class DecodeSparsity:
     measure_outputs: int = 64  # coverage, where no choice scores all keys: half a dense step each time; 0: never
     promise_outputs: int = 16  # a `min_coverage` is checked after so many outputs, by all keys
     scoring: str = "sketch"  # a choice in decode reads "exact" keys | a "sketch" of them: a bit a channel, and a scale
+    left_out: str = (
+        "mean"  # the weight of what is not read, where sketches tell it, goes to the "mean" value | "nothing"
+    )
     scoring_rows: int = 1  # newest queries that score a choice
     select_per: str = "kv_head"  # "kv_head": the group's scores summed | "query_head"
     pooling_tokens: int = 1  # max-pool of scores over positions, odd; 1: off
@@ -101,6 +104,7 @@ class DecodeSparsity:
             "decode.refresh_outputs, scoring_rows and promise_outputs must be positive, measure_outputs not negative",
         )
         _check(self.scoring in ("exact", "sketch"), f"decode.scoring {self.scoring!r} is unknown")
+        _check(self.left_out in ("mean", "nothing"), f"decode.left_out {self.left_out!r} is unknown")
         _check(self.select_per in ("kv_head", "query_head"), f"decode.select_per {self.select_per!r} is unknown")
         _check(self.pooling_tokens % 2 == 1, f"decode.pooling_tokens is {self.pooling_tokens}; an odd number is needed")
         _check(

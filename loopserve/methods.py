@@ -96,6 +96,11 @@ class DecodeRule:
             return self.choice_due(decode_step, config)
         return config.measure_outputs > 0 and decode_step % config.measure_outputs == 0
 
+    def estimates_left_out(self, config: DecodeSparsity) -> bool:
+        """Whether a step knows, by sketches, how much weight its query gives to what is not read, and reads the mean value for it."""
+        by_sketch = self.scores is Scores.KEYS and config.scoring == "sketch" and config.scoring_rows == 1
+        return config.left_out == "mean" and by_sketch and self.chooses_every_step(config)
+
     def layout(self, num_columns: int, budget_tokens: int, config: DecodeSparsity) -> Layout:
         """What a choice at `num_columns` tokens keeps of them."""
         if self.page_tokens > 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from loopserve.config import DecodeSparsity
 from loopserve.methods import DECODE_RULES, Scores
 
-_KEY = 0.5  # of a token's worth
+_KEY = _VALUE = 0.5  # of a token's worth
 _KV_BYTES = 4  # of a token and channel: key and value in 16 bits, which sketches are measured by
 _SCALE_BYTES = 2
 
@@ -122,7 +122,8 @@ def _scored_tokens(step: DecodeStep, config: DecodeSparsity, shape: ModelShape) 
         if config.scoring == "exact" or (step.measure and not rule.chooses_every_step(config)):
             return by_keys  # choosing and measuring share one pass
         sketch_bytes = -(-shape.head_dim // 8) + _SCALE_BYTES
-        return step.context_tokens * sketch_bytes / (_KV_BYTES * shape.head_dim) + measuring
+        mean_value = _VALUE if rule.estimates_left_out(config) else 0.0
+        return step.context_tokens * sketch_bytes / (_KV_BYTES * shape.head_dim) + mean_value + measuring
     layout = rule.layout(step.context_tokens, step.budget_tokens, config)
     return layout.num_candidates / rule.page_tokens + measuring
 

@@ -26,6 +26,7 @@ DECODE_METHODS = (
     "adakv",
     "quest",
 )
+CONTENDERS = ("loopserve", "quest")  # what loses less than twenty points at half of the KV
 PREFILL_METHODS = ("loopserve-prefill", "a-shape", "fixed-lines", "flexprefill")
 
 
@@ -116,6 +117,11 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
                 *make_variants(DECODE_METHODS, BUDGETS),
                 *make_variants(PREFILL_METHODS, ()),
             ),
+        ),
+        "contenders": Experiment(
+            "How do `loopserve` and what comes nearest to it fare on the same dialogues as in `methods`?",
+            _TEST,
+            (*make_variants(["dense"], ()), *make_variants(CONTENDERS, BUDGETS)),
         ),
         "coverage": Experiment(
             "Does prefill cover what it is asked to cover, and what does that cost?",

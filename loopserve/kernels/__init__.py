@@ -8,9 +8,9 @@ layer; slot = block * BLOCK_TOKENS + offset. Query head h reads KV head h // G.
 """
 
 from loopserve.kernels.line_scores import line_scores
-from loopserve.kernels.paged_decode import paged_decode
+from loopserve.kernels.paged_decode import LeftOut, paged_decode
 from loopserve.kernels.sketch import KeySketch
-from loopserve.kernels.sketch_scores import sketch_scores
+from loopserve.kernels.sketch_scores import SketchScores, sketch_scores
 from loopserve.kernels.sparse_prefill import sparse_prefill
 from loopserve.kernels.store_kv import store_kv
 from loopserve.kernels.store_sketch import store_sketch
@@ -18,6 +18,8 @@ from loopserve.kernels.token_scores import token_scores
 
 __all__ = [
     "KeySketch",
+    "LeftOut",
+    "SketchScores",
     "line_scores",
     "paged_decode",
     "sketch_scores",

@@ -19,10 +19,12 @@ def summed_weights(
     positions: Tensor,
     *,
     scale: float,
+    first_log_sum: Tensor | None = None,
 ) -> Tensor:
     """Softmax of rows [W, H, D] over their causal columns, summed over the rows: float32 [H, N].
 
-    `keys` gives one KV head's, float32 [N, D], so that the largest intermediate is [G, W, N].
+    `keys` gives one KV head's, float32 [N, D], so that the largest intermediate is [G, W, N]. Into `first_log_sum`, float32 [H], goes
+    the logarithm of what the first row's weights were divided by.
     """
     num_heads = query.shape[1]
     group = num_heads // num_kv_heads
@@ -38,4 +40,6 @@ def summed_weights(
         logits = (rows @ keys(kv_head).T).mul_(scale)  # [G, W, N]
         logits[:, :, first_hidden:].masked_fill_(hidden, float("-inf"))
         scores[heads] = torch.softmax(logits, dim=-1).sum(dim=1)
+        if first_log_sum is not None:
+            first_log_sum[heads] = logits[:, 0].logsumexp(dim=-1)
     return scores

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loopserve.config import DecodeSparsity
-from loopserve.kernels import KeySketch, token_scores
+from loopserve.kernels import KeySketch, LeftOut, sketch_scores, token_scores
 from loopserve.methods import DecodeRule
 from loopserve.sparsity.observation import Observation, summed_per_list
 
@@ -84,6 +84,9 @@ class TurnSelection:
         self._num_measured = [0] * num_layers  # of these, what is older than the choice in use, or measured on it
         self._choices: list[_Choice | None] = [None] * num_layers
         self._accumulated: list[Tensor | None] = [None] * num_layers  # summed weights, float32 [Hs, N so far]
+        self._left_out: list[Tensor | None] = [None] * num_layers  # log of the weight that is not read, float32 [1, H]
+        self._value_sums = torch.zeros((num_layers, num_kv_heads, head_dim), device=device)
+        self._num_valued = [0] * num_layers  # columns that the sums hold
 
     def observe(
         self, layer: int, query: Tensor, positions: Tensor, key_pool: Tensor, slots: Tensor, *, scale: float
@@ -136,7 +139,10 @@ class TurnSelection:
         seen = self._observation(layer, key_pool, slots, budget_tokens=budget_tokens, scale=scale)
         num_new = min(self._num_recorded[layer] - self._num_measured[layer], self._config.scoring_rows)
         if choose and self._method.rule.chooses_every_step(self._config):
-            self._choose(layer, replace(seen, sketch=sketch))
+            if sketch is not None and self._method.rule.estimates_left_out(self._config):
+                self._choose_and_weigh(layer, seen, sketch)
+            else:
+                self._choose(layer, replace(seen, sketch=sketch))
             choose, num_new = False, 1
         seen = replace(seen, sketch=None if measure else sketch)
         in_use, coverage = self._choices[layer], None
@@ -148,6 +154,20 @@ class TurnSelection:
         if choose:
             self._choose(layer, seen)
         return coverage
+
+    def note_values(self, layer: int, value_pool: Tensor, slots: Tensor) -> None:
+        """Add up the values of the columns that are new, where their mean is wanted. value_pool [S, Hkv, D], slots int64 [N]."""
+        if self._method.rule.estimates_left_out(self._config):
+            new = slots[self._num_valued[layer] :]
+            self._value_sums[layer] += value_pool[new].float().sum(dim=0)
+            self._num_valued[layer] = slots.shape[0]
+
+    def left_out(self, layer: int) -> LeftOut | None:
+        """What stands for the columns that a layer does not read; None where nobody weighed them. Values must have been noted."""
+        log_weight = self._left_out[layer]
+        if log_weight is None:
+            return None
+        return LeftOut(log_weight, (self._value_sums[layer] / self._num_valued[layer])[None])
 
     def note_read(self, layer: int, query: Tensor, key_pool: Tensor, slots: Tensor, *, scale: float) -> None:
         """Add up the weights that a decode row [1, H, D] gave to the tokens that it read, where the method wants them."""
@@ -194,7 +214,17 @@ class TurnSelection:
             accumulated=self._grown(layer, slots.shape[0]) if self._method.rule.accumulates else None,
         )
 
+    def _choose_and_weigh(self, layer: int, seen: Observation, sketch: KeySketch) -> None:
+        """Choose by the newest query's sketch scores, and keep how much weight they give to all that is left out."""
+        weights, log_sum = sketch_scores(seen.queries[:1], sketch, seen.slots, seen.positions[:1], scale=seen.scale)
+        self._choose(layer, replace(seen, sketch=sketch, scored=weights, num_scored=1))
+        choice = self._choices[layer]
+        assert choice is not None, "it was made just now"
+        share = (1.0 - self._held_weight(weights, choice)).clamp(min=0.0)  # rounding may exceed
+        self._left_out[layer] = (log_sum + share.log())[None]
+
     def _choose(self, layer: int, seen: Observation) -> None:
+        self._left_out[layer] = None
         sparse = self._sparse_layers
         choice = self._method.choose(seen, config=self._config, layer=sparse.index(layer), num_layers=len(sparse))
         num_sinks = seen.layout.num_sinks

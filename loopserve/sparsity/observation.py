@@ -33,9 +33,11 @@ class Observation:
 
         Dense, or as far as a sketch of the keys tells.
         """
+        if self.scored is not None and self.num_scored == num_rows:
+            return self.scored
         if self.sketch is not None:
             queries, positions = self.queries[:num_rows], self.positions[:num_rows]
-            return sketch_scores(queries, self.sketch, self.slots, positions, scale=self.scale)
+            return sketch_scores(queries, self.sketch, self.slots, positions, scale=self.scale).weights
         first = 0 if self.scored is None or self.num_scored > num_rows else self.num_scored
         rows = slice(first, num_rows)
         weights = token_scores(self.queries[rows], self.key_pool, self.slots, self.positions[rows], scale=self.scale)

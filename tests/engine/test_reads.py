@@ -74,11 +74,22 @@ def test_a_sketch_reads_a_bit_a_channel_and_a_scale_and_all_keys_where_it_is_mea
     assert planned("progressive", 5, config=sketch) == (137 + 136 + 1002 * 10 / 256 + 137 + 136 + 1004 * 10 / 256) / 4
     every = replace(sketch, refresh_outputs=1, measure_outputs=4)  # chosen by the sketch all the same
     sketches = (1001 + 1002 + 1003 + 1004) * 10 / 256
+    every = replace(every, left_out="nothing")
     assert planned("progressive", 5, config=every) == pytest.approx((4 * 136 + sketches + 1004 / 2) / 4)
     measured = replace(sketch, measure_outputs=4)  # the choice of step 4 reads the keys that its measurement reads
     assert planned("progressive", 5, config=measured) == (137 + 136 + 1002 * 10 / 256 + 137 + 136 + 1004 / 2) / 4
     measured = replace(sketch, measure_outputs=3)
     assert planned("progressive", 4, config=measured) == (137 + 136 + 1002 * 10 / 256 + 137 + 1003 / 2) / 3
+
+
+def test_the_mean_value_is_read_at_every_step_that_chooses_by_the_newest_querys_sketches():
+    every = replace(CONFIG, scoring="sketch", refresh_outputs=1, scoring_rows=1)
+    without = planned("progressive", 5, config=replace(every, left_out="nothing"))
+    assert planned("progressive", 5, config=every) == without + 0.5
+    for other in (replace(every, scoring_rows=2), replace(every, refresh_outputs=2), replace(every, scoring="exact")):
+        assert planned("progressive", 5, config=other) == planned(
+            "progressive", 5, config=replace(other, left_out="nothing")
+        )
 
 
 def test_layers_that_stay_dense_count_in_full():

@@ -93,6 +93,19 @@ def test_a_budget_over_everything_answers_as_exact_scoring_does(engine, select_p
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("select_per", ["kv_head", "query_head"])
+def test_the_mean_value_of_what_is_left_out_changes_answers_only_where_something_is(engine, select_per: str):
+    every = replace(DECODE, refresh_outputs=1, select_per=select_per)
+    answers = {}
+    for left_out in ("mean", "nothing"):
+        for budget_tokens in (4, 1000):
+            eng, inbox, _ = engine(decode=replace(every, left_out=left_out))
+            ended = answer(eng, inbox, budget_tokens=budget_tokens, prefill_method="dense")
+            answers[left_out, budget_tokens] = ended.token_ids
+    assert answers["mean", 1000] == answers["nothing", 1000]
+    assert answers["mean", 4] != answers["nothing", 4]
+
+
 def test_choices_by_sketch_are_due_as_often_and_read_less(engine):
     ended = {}
     for scoring in ("exact", "sketch"):
@@ -108,6 +121,11 @@ def test_choices_by_sketch_are_due_as_often_and_read_less(engine):
             24, context_tokens=150, outputs=20, config=replace(DECODE, scoring=scoring), shape=eng.model_shape
         )
         assert quality.read_tokens == pytest.approx(planned)
+
+
+def test_an_unknown_stand_in_for_what_is_left_out_is_refused():
+    with pytest.raises(ConfigError, match=r"decode\.left_out 'median'"):
+        DecodeSparsity(left_out="median")
 
 
 def test_an_unknown_scoring_is_refused():

@@ -66,9 +66,12 @@ def test_sketch_scores_are_causal_weights_over_what_sketches_stand_for(
     keys = pool.keys[pool.slots]
     coarse = torch.where(keys >= 0, 1.0, -1.0) * keys.abs().mean(dim=2, keepdim=True).bfloat16().float()
     dense = naive.weights(query, coarse, naive.causal(positions, num_columns, num_heads), 0.4)
-    scores = sketch_scores(query, sketch, pool.slots, positions, scale=0.4)
+    scores, log_sum = sketch_scores(query, sketch, pool.slots, positions, scale=0.4)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), dense.sum(dim=1), atol=naive.TOLERANCE[torch.float32], rtol=0)
+    seen = coarse[: int(positions[0]) + 1].repeat_interleave(num_heads // num_kv_heads, dim=1).double()  # [n, H, D]
+    logits = torch.einsum("hd,nhd->hn", query[0].double(), seen) * 0.4
+    torch.testing.assert_close(log_sum.double(), logits.logsumexp(dim=1), atol=naive.TOLERANCE[torch.float32], rtol=0)
 
 
 def test_keys_that_are_all_sign_lose_nothing(make_pool: Callable[..., Pool], random_query: Callable[..., Tensor]):
@@ -76,13 +79,14 @@ def test_keys_that_are_all_sign_lose_nothing(make_pool: Callable[..., Pool], ran
     pool.keys[pool.slots] = pool.keys[pool.slots].sign() * torch.tensor(0.5)
     query, positions = random_query(3, 4, 8), torch.tensor([5, 20, 39])
     exact = token_scores(query, pool.keys, pool.slots, positions, scale=0.4)
-    torch.testing.assert_close(sketch_scores(query, sketched(pool), pool.slots, positions, scale=0.4), exact)
+    torch.testing.assert_close(sketch_scores(query, sketched(pool), pool.slots, positions, scale=0.4).weights, exact)
 
 
 def test_no_rows_score_zero(make_pool: Callable[..., Pool], random_query: Callable[..., Tensor]):
     pool, none = make_pool(4, 2, 8), torch.zeros(0, dtype=torch.int64)
-    scores = sketch_scores(random_query(0, 2, 8), sketched(pool), pool.slots, none, scale=1.0)
+    scores, log_sum = sketch_scores(random_query(0, 2, 8), sketched(pool), pool.slots, none, scale=1.0)
     assert torch.equal(scores, torch.zeros(2, 4))
+    assert torch.equal(log_sum, torch.full((2,), -torch.inf))
 
 
 def test_a_sketch_takes_a_bit_a_channel_and_a_scale():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loopserve.kernels import paged_decode
+from loopserve.kernels import LeftOut, paged_decode
 from tests.kernels import naive
 from tests.kernels.conftest import Pool
 
@@ -53,6 +53,60 @@ def test_each_head_reads_its_list_and_no_padding(
     poisoned = slots.where(valid, int(pool.keys.isnan().any(dim=(1, 2)).nonzero()[0]))
     output = paged_decode(query, pool.keys, pool.values, poisoned, valid, scale=0.5)
     torch.testing.assert_close(output.double(), expected(query, pool, slots, valid, 0.5), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (4, 2), (8, 2)])
+@pytest.mark.parametrize("lists", ["segment", "kv_head", "query_head"])
+@pytest.mark.parametrize(("num_rows", "num_listed"), [(1, 1), (3, 37), (2, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_left_out_takes_part_as_one_more_token(
+    make_pool: Callable[..., Pool],
+    random_query: Callable[..., Tensor],
+    num_heads: int,
+    num_kv_heads: int,
+    lists: str,
+    num_rows: int,
+    num_listed: int,
+    dtype: torch.dtype,
+    padded: bool,
+):
+    pool, query = make_pool(50, num_kv_heads, 8, dtype), random_query(num_rows, num_heads, 8, dtype)
+    num_lists = {"segment": 1, "kv_head": num_kv_heads, "query_head": num_heads}[lists]
+    slots = pool.slots[torch.rand(num_rows, num_lists, 50).argsort(dim=2)[:, :, :num_listed]]
+    valid = torch.rand(slots.shape) < 0.5 if padded else torch.ones_like(slots, dtype=torch.bool)
+    poisoned = slots.where(valid, int(pool.keys.isnan().any(dim=(1, 2)).nonzero()[0]))
+    left_out = LeftOut(torch.randn(num_rows, num_heads), torch.randn(num_rows, num_kv_heads, 8).to(dtype))
+    output = paged_decode(
+        query, pool.keys, pool.values, poisoned, valid if padded else None, scale=0.5, left_out=left_out
+    )
+    expected = torch.zeros(query.shape, dtype=torch.float64)
+    for row in range(num_rows):
+        for head in range(num_heads):
+            listed = head * num_lists // num_heads
+            read, kv_head = slots[row, listed][valid[row, listed]], head // (num_heads // num_kv_heads)
+            logits = pool.keys[read, kv_head].double() @ query[row, head].double() * 0.5
+            weights = torch.cat((logits, left_out.log_weight[row, head, None].double())).softmax(dim=0)
+            values = torch.cat((pool.values[read, kv_head], left_out.value[row, kv_head, None])).double()
+            expected[row, head] = weights @ values
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, atol=naive.TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_left_out_changes_nothing(
+    make_pool: Callable[..., Pool], random_query: Callable[..., Tensor], padded: bool
+):
+    pool, query = make_pool(30, 2, 8), random_query(2, 4, 8)
+    slots = pool.slots[:20].expand(2, 2, 20)
+    valid = None
+    if padded:
+        valid = torch.rand(slots.shape) < 0.5
+        valid[1, 1] = False  # nothing at all
+    nothing = LeftOut(torch.full((2, 4), -torch.inf), torch.ones(2, 2, 8))
+    plain = paged_decode(query, pool.keys, pool.values, slots, valid, scale=0.5)
+    beside = paged_decode(query, pool.keys, pool.values, slots, valid, scale=0.5, left_out=nothing)
+    torch.testing.assert_close(beside, plain, atol=naive.TOLERANCE[torch.float32], rtol=0)
 
 
 @pytest.mark.parametrize("num_lists", [1, 2, 4])

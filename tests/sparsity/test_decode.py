@@ -201,7 +201,7 @@ def test_where_every_step_chooses_by_sketches_the_choice_is_measured_by_the_keys
     record(selection, context, 50, 51)
     pool, slots = context.key_pool, context.slots[:51]
     coverage = selection.refresh(0, pool, slots, budget_tokens=5, scale=SCALE, sketch=sketch)
-    by_sketch = sketch_scores(context.query[50:51], sketch, slots, torch.tensor([50]), scale=SCALE)
+    by_sketch = sketch_scores(context.query[50:51], sketch, slots, torch.tensor([50]), scale=SCALE).weights
     best = by_sketch[:, 2:45].reshape(NUM_KV_HEADS, -1, 43).sum(dim=1).topk(5, dim=1).indices + 2
     now = kept(selection, 51)
     assert [set(columns) for columns in now] == [{0, 1, *row, *range(45, 51)} for row in best.tolist()]
@@ -209,6 +209,59 @@ def test_where_every_step_chooses_by_sketches_the_choice_is_measured_by_the_keys
     held = torch.stack([weights[h, 0, now[h * len(now) // NUM_HEADS]].sum() for h in range(NUM_HEADS)])
     assert coverage is not None
     torch.testing.assert_close(coverage.double(), held, atol=1e-5, rtol=0)
+
+
+def chosen_by_sketch(config: DecodeSparsity, *, budget_tokens: int, num_columns: int = 51):
+    """A selection that chose by sketches that are the keys: these have one size in every channel."""
+    context, selection = random_context(0, 60, sharpness=2.0), new_selection(config=config)
+    context.key_pool[context.slots] = context.key_pool[context.slots].sign() * 0.5
+    sketch = KeySketch.empty(len(context.key_pool), NUM_KV_HEADS, HEAD_DIM, "cpu")
+    store_sketch(context.key_pool[context.slots], sketch, context.slots)
+    record(selection, context, 0, num_columns)
+    slots = context.slots[:num_columns]
+    selection.note_values(0, context.value_pool, slots[:20])  # as it grows
+    selection.note_values(0, context.value_pool, slots)
+    selection.refresh(
+        0, context.key_pool, slots, budget_tokens=budget_tokens, scale=SCALE, measure=False, sketch=sketch
+    )
+    return context, selection
+
+
+def test_what_is_left_out_weighs_what_it_would_have_and_is_taken_for_the_mean_value():
+    config = replace(CONFIG, refresh_outputs=1, scoring_rows=1, pooling_tokens=1)
+    context, selection = chosen_by_sketch(config, budget_tokens=5)
+    left_out = selection.left_out(0)
+    assert left_out is not None
+    group = NUM_HEADS // NUM_KV_HEADS
+    for head in range(NUM_HEADS):
+        kv_head, read = head // group, kept(selection, 51)[head * len(kept(selection, 51)) // NUM_HEADS]
+        others = [column for column in range(51) if column not in read]
+        logits = context.key_pool[context.slots[others], kv_head].double() @ context.query[50, head].double() * SCALE
+        torch.testing.assert_close(left_out.log_weight[0, head].double(), logits.logsumexp(0), atol=1e-4, rtol=0)
+    values = context.value_pool[context.slots[:51]].double().mean(dim=0)
+    torch.testing.assert_close(left_out.value[0].double(), values, atol=1e-5, rtol=0)
+
+
+def test_where_everything_is_read_nothing_is_left_out():
+    config = replace(CONFIG, refresh_outputs=1, scoring_rows=1, pooling_tokens=1)
+    _, selection = chosen_by_sketch(config, budget_tokens=1000)
+    left_out = selection.left_out(0)
+    assert left_out is not None
+    assert (left_out.log_weight < -9).all(), "no more than rounding, beside tokens that weigh about one"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(CONFIG, refresh_outputs=1, scoring_rows=1, left_out="nothing"),
+        replace(CONFIG, refresh_outputs=2, scoring_rows=1),
+        replace(CONFIG, refresh_outputs=1, scoring_rows=2),
+        replace(CONFIG, refresh_outputs=1, scoring_rows=1, scoring="exact"),
+    ],
+)
+def test_nothing_stands_for_what_nobody_weighed(config: DecodeSparsity):
+    _, selection = chosen_by_sketch(config, budget_tokens=5)
+    assert selection.left_out(0) is None
 
 
 def test_a_choice_at_the_prefills_end_is_the_one_that_a_refresh_would_make_and_nothing_has_used_it_yet():

@@ -5,10 +5,10 @@ Now and then it does all the same, as in life: facts are named later, too.
 """
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from loopserve.evaluation.dialogues.phrases import TALK, TITLES
-from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, odd_word, phrases_of, spliced, text_words
+from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, odd_word, phrases_of, text_words
 
 _ENDS = (".", ".", ".", ".", "!", ";", ":")
 _NUMBER_SHARE = 0.12  # of pasted sentences that hold a number, so that not every number is an answer
@@ -23,21 +23,14 @@ _WORDS = (5, 15)
 def talk_of(rng: random.Random, split: Split) -> list[str]:
     """Sentences that people say in one dialogue, which come back in it.
 
-    In training some of those there are, so that each comes back as often as a held-out one, and many of them `blurred` or `spliced`:
-    whatever word comes back with its sentence is no name.
+    In training some of those there are, so that each comes back as often as a held-out one, and half of them `blurred`: whatever word
+    comes back with its sentence is no name.
     """
     phrases = phrases_of(TALK, split, num_held_out=_TALK_HELD_OUT)
     if split is not Split.TRAIN:
         return list(phrases)
-    drawn = rng.sample(phrases, rng.randint(_TALK_HELD_OUT, len(phrases) // 2))
-    return [_altered(rng, phrase, phrases) for phrase in drawn]
-
-
-def _altered(rng: random.Random, phrase: str, phrases: Sequence[str]) -> str:
-    chance = rng.random()
-    if chance < 0.4:
-        return blurred(rng, phrase)
-    return spliced(rng, phrase, rng.choice(phrases)) if chance < 0.6 else phrase
+    drawn = rng.sample(phrases, rng.randint(_TALK_HELD_OUT, len(phrases)))
+    return [blurred(rng, phrase) if rng.random() < 0.5 else phrase for phrase in drawn]
 
 
 class LooseText:
