@@ -77,9 +77,7 @@ class DecodeSparsity:
     measure_outputs: int = 64  # coverage, where no choice scores all keys: half a dense step each time; 0: never
     promise_outputs: int = 16  # a `min_coverage` is checked after so many outputs, by all keys
     scoring: str = "sketch"  # a choice in decode reads "exact" keys | a "sketch" of them: a bit a channel, and a scale
-    left_out: str = (
-        "mean"  # the weight of what is not read, where sketches tell it, goes to the "mean" value | "nothing"
-    )
+    left_out: str = "mean"  # the weight that sketches give to what is not read goes to the "mean" value | to "nothing"
     scoring_rows: int = 1  # newest queries that score a choice
     select_per: str = "kv_head"  # "kv_head": the group's scores summed | "query_head"
     pooling_tokens: int = 1  # max-pool of scores over positions, odd; 1: off

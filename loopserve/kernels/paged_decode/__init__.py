@@ -13,7 +13,7 @@ class LeftOut:
     """What stands for the tokens that no list holds. Source: SparQ Attention's mean value, arXiv 2312.04985."""
 
     log_weight: Tensor  # float32 [R, H]: logarithm of what exp(scale * q k) adds up to over them; -inf: nothing
-    value: Tensor  # [R, Hkv, D]: what they are taken to hold, each of them
+    value: Tensor  # floating [R, Hkv, D]: what each of them is taken to hold
 
 
 def paged_decode(
