@@ -21,7 +21,8 @@ from benchmarks.report import RESULTS
 from loopserve.evaluation.answers import ANSWERS, Answer
 from loopserve.evaluation.report import HTML, MARKDOWN, write_report
 from loopserve.evaluation.report import RESULTS as NUMBERS
-from loopserve.evaluation.suite import Settings, run
+from loopserve.evaluation.suite import TOLD, Settings, run, tell
+from loopserve.evaluation.tasks import OWN
 
 _SAID_EVERY_S = 30.0
 
@@ -33,6 +34,10 @@ class _Teller:
         self._name = name
         self._total = self._done = 0
         self._said_s = time.monotonic()
+
+    def told(self, num_told: int, num_dialogues: int) -> None:
+        if num_told == num_dialogues:
+            print(f"{self._name}: {num_dialogues} pasts told", flush=True)
 
     def counted(self, num_answers: int, num_before: int) -> None:
         self._total, self._done = num_answers, num_before
@@ -52,6 +57,8 @@ def run_experiment(name: str, experiment: Experiment, args: argparse.Namespace) 
         directory = args.work / title
         settings = Settings(args.model, wanted, experiment.variants, directory, args.concurrency, args.max_tokens)
         if args.workers > 1:
+            if wanted.past == OWN:
+                tell(settings, listener=_Teller(title))
             answer_in_parts(settings, args.workers)
         run(settings, listener=_Teller(title))
         write_report(directory, against=experiment.against)
@@ -67,6 +74,9 @@ def answer_in_parts(settings: Settings, workers: int) -> None:
         replace(settings, variants=settings.variants[index::workers], out=settings.out / f"part{index}of{workers}")
         for index in range(min(workers, len(settings.variants)))
     ]
+    for part in parts if settings.wanted.past == OWN else ():
+        part.out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(settings.out / TOLD, part.out / TOLD)  # all ask over the same past
     multiprocessing.spawn(_answer_part, args=(parts,), nprocs=len(parts))  # type: ignore[no-untyped-call]
     logs = [log for log in (each.out / ANSWERS for each in (settings, *parts)) if log.exists()]
     lines = dict.fromkeys(line for log in logs for line in log.read_text(encoding="utf-8").split("\n")[:-1])

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loopserve.evaluation.dialogues import TASKS
-from loopserve.evaluation.tasks import ASKS, SPLITS, Wanted
+from loopserve.evaluation.tasks import ASKS, PASTS, SPLITS, Wanted
 from loopserve.evaluation.variants import METHODS, Budget, make_variants, parse_alpha, parse_override
 
 if TYPE_CHECKING:
@@ -56,6 +56,12 @@ def evaluate(
             help="probes: of a dialogue that has any, only these, over its whole past; all: every scored turn."
         ),
     ] = ASKS[0],
+    past: Annotated[
+        str,
+        typer.Option(
+            help="reference: a dialogue goes on with its reference answers; own: with what the model itself answers, densely."
+        ),
+    ] = PASTS[0],
     concurrency: Annotated[int, typer.Option(min=1, max=CONCURRENCY_MAX, help="Answers at a time.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     against: Annotated[
@@ -63,7 +69,7 @@ def evaluate(
     ] = "loopserve",
 ) -> None:
     """Ask known questions over long dialogues, greedily, with every method at every budget, and report what each loses to dense."""
-    wanted = Wanted(tasks=_listed(tasks), num=dialogues, tokens=tokens, seed=seed, split=split, ask=ask)
+    wanted = Wanted(tasks=_listed(tasks), num=dialogues, tokens=tokens, seed=seed, split=split, ask=ask, past=past)
     variants = make_variants(
         _listed(methods),
         [Budget.parse(text) for text in _listed(budgets)],
@@ -115,6 +121,10 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def told(self, num_told: int, num_dialogues: int) -> None:
+        """So many pasts are told."""
+        self._progress.update(self._task, description="telling", total=num_dialogues, completed=num_told)
 
     def counted(self, num_answers: int, num_before: int) -> None:
         """So many there will be, and so many there are."""

@@ -84,6 +84,9 @@ def as_html(report: Report) -> str:
     )
 
 
+_PASTS = {"reference": "the reference answers", "own": "the model's own answers"}
+
+
 def _title(report: Report) -> str:
     return f"{report.settings['model']} under sparse attention: {', '.join(report.settings['tasks'])}"
 
@@ -95,7 +98,7 @@ def _facts(report: Report) -> list[str]:
     facts = [
         f"N = {tokens:.0f} tokens, mean of the prompts; {settings['num_dialogues']} dialogues, {asked} questions for each variant. "
         f"Split {settings['split']}, seed {settings['seed']}, greedy, answers of at most {settings['max_tokens']} tokens, "
-        f"{settings['dtype']}.",
+        f"{settings['dtype']}. The past holds {_PASTS[settings.get('past', 'reference')]}.",
         f"{sentence(dict(report.starts[-1]))}."
         + (f" Started {len(report.starts)} times." if len(report.starts) > 1 else ""),
     ]

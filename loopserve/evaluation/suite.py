@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from loopserve.config import EngineConfig
+from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import FinishReason
 from loopserve.engine import Engine
 from loopserve.errors import ContextLengthExceeded
@@ -24,13 +24,16 @@ from loopserve.evaluation.engines import (
     weights_digest,
 )
 from loopserve.evaluation.items import Dialogue
+from loopserve.evaluation.loaders import read_dialogues, write_dialogues
 from loopserve.evaluation.machine import describe_machine
+from loopserve.evaluation.own_past import with_own_answers
 from loopserve.evaluation.prompts import Prompter
 from loopserve.evaluation.scoring import score
-from loopserve.evaluation.tasks import Wanted, as_asked, check_dialogues, dialogues_digest, load_given, load_made
+from loopserve.evaluation.tasks import OWN, Wanted, as_asked, check_dialogues, dialogues_digest, load_given, load_made
 from loopserve.evaluation.variants import Override, Variant
 from loopserve.loading import LoadedModel, load_model
 
+TOLD = "told.jsonl"  # of a run's directory: the dialogues with the model's own answers in them
 _POOL_DIALOGUES = 4  # of the largest that the pool holds where memory allows: one is told while others are asked
 
 
@@ -49,6 +52,9 @@ class Settings:
 class Listener(Protocol):
     """Is told how a run goes on."""
 
+    def told(self, num_told: int, num_dialogues: int) -> None:
+        """So many dialogues have the model's own answers in their past by now."""
+
     def counted(self, num_answers: int, num_before: int) -> None:
         """So many answers there will be, and so many there were before this start."""
 
@@ -64,36 +70,66 @@ class _Sizes:
     blocks: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A run that can be begun: everything that could be wrong with it was looked at."""
+
+    settings: Settings
+    loaded: LoadedModel
+    dialogues: Sequence[Dialogue]
+    prompter: Prompter
+    configs: Mapping[tuple[Override, ...], EngineConfig]
+
+    def open_log(self) -> AnswerLog:
+        return AnswerLog.open(
+            self.settings.out,
+            _manifest(self.settings, self.loaded, self.dialogues, self.configs),
+            start=describe_machine(self.loaded.device),
+        )
+
+
 def run(settings: Settings, *, listener: Listener, loaded: LoadedModel | None = None) -> AnswerLog:
     """Answer everything that is not answered yet. `loaded` stands for the settings' model where it is in memory already.
 
     Raises errors of `loopserve.errors` for what cannot be run, before anything long begins.
     """
-    groups = by_engine(settings.variants)
-    configs = {o: build_config(settings.model, o, concurrency=settings.concurrency) for o in groups}
+    plan = _plan(settings, loaded)
+    dialogues, configs = plan.dialogues, plan.configs
+    log = plan.open_log()
+    with log:
+        if settings.wanted.past == OWN:
+            dialogues = _told(plan, listener)
+            configs = _fitted(configs, plan.loaded, _measure(dialogues, plan.prompter, settings), settings)
+        done = {answer.key for answer in log.answers}
+        listener.counted(_num_answers(dialogues, settings.variants), len(done))
+        for overrides, variants in by_engine(settings.variants).items():
+            askings = _askings(dialogues, variants, plan.prompter, done)
+            for answered in _answer(askings, configs[overrides], plan.loaded, settings):
+                answer = _judged(answered, plan.loaded)
+                log.add(answer)
+                listener.answered(answer)
+    return log
+
+
+def tell(settings: Settings, *, listener: Listener, loaded: LoadedModel | None = None) -> None:
+    """Write the past in the model's own answers (`TOLD`) and ask nothing: for several runs over the same past. Raises as `run` does."""
+    plan = _plan(settings, loaded)
+    with plan.open_log():
+        _told(plan, listener)
+
+
+def _plan(settings: Settings, loaded: LoadedModel | None) -> _Plan:
+    configs = {
+        o: build_config(settings.model, o, concurrency=settings.concurrency) for o in by_engine(settings.variants)
+    }
     check_methods(settings.variants)
     dialogues = load_given(settings.wanted)
     loaded = loaded or load_model(next(iter(configs.values())))
     dialogues = [as_asked(d, settings.wanted) for d in (*load_made(settings.wanted, _counter(loaded)), *dialogues)]
     check_dialogues(dialogues)
     prompter = Prompter(loaded.tokenizer)
-    sizes = _measure(dialogues, prompter, settings)
-    configs = {overrides: _fitted(config, loaded, sizes, settings, overrides) for overrides, config in configs.items()}
-    log = AnswerLog.open(
-        settings.out,
-        _manifest(settings, loaded, dialogues, configs),
-        start=describe_machine(loaded.device),
-    )
-    with log:
-        done = {answer.key for answer in log.answers}
-        listener.counted(_num_answers(dialogues, settings.variants), len(done))
-        for overrides, variants in groups.items():
-            askings = _askings(dialogues, variants, prompter, done)
-            for answered in _answer(askings, configs[overrides], loaded, settings):
-                answer = _judged(answered, loaded)
-                log.add(answer)
-                listener.answered(answer)
-    return log
+    configs = _fitted(configs, loaded, _measure(dialogues, prompter, settings), settings)
+    return _Plan(settings, loaded, dialogues, prompter, configs)
 
 
 def _answer(
@@ -115,6 +151,36 @@ def _answer(
 def _with_first(first: Asking, rest: Iterator[Asking]) -> Iterator[Asking]:
     yield first
     yield from rest
+
+
+def _told(plan: _Plan, listener: Listener) -> Sequence[Dialogue]:
+    """The dialogues with the model's own answers in them: those that this run told before, where it was broken off."""
+    settings, loaded, dialogues = plan.settings, plan.loaded, plan.dialogues
+    path = settings.out / TOLD
+    if path.exists():
+        return read_dialogues(path)
+    config = build_config(settings.model, (), concurrency=settings.concurrency)
+    most = max(_tokens_told(dialogue, loaded, settings.max_tokens) for dialogue in dialogues)
+    blocks = -(-most // BLOCK_TOKENS) + 1
+    config = fit_pool(config, loaded, blocks=settings.concurrency * blocks)
+    engine = Engine(config, loaded=loaded)
+    told = with_own_answers(
+        dialogues,
+        engine,
+        concurrency=max(1, min(settings.concurrency, engine.memory().blocks.total // blocks)),
+        max_tokens=settings.max_tokens,
+        on_told=lambda num: listener.told(num, len(dialogues)),
+    )
+    partial = path.with_suffix(".partial")
+    write_dialogues(partial, told)
+    partial.replace(path)
+    return told
+
+
+def _tokens_told(dialogue: Dialogue, loaded: LoadedModel, max_tokens: int) -> int:
+    """The most that a dialogue may come to be, about."""
+    count = _counter(loaded)
+    return sum(count(turn.user) + max_tokens + 2 for turn in dialogue.turns) + count(dialogue.system)
 
 
 def _askings(
@@ -188,8 +254,12 @@ def _measure(dialogues: Sequence[Dialogue], prompter: Prompter, settings: Settin
 
 
 def _fitted(
-    config: EngineConfig, loaded: LoadedModel, sizes: _Sizes, settings: Settings, overrides: tuple[Override, ...]
-) -> EngineConfig:
+    configs: Mapping[tuple[Override, ...], EngineConfig], loaded: LoadedModel, sizes: _Sizes, settings: Settings
+) -> dict[tuple[Override, ...], EngineConfig]:
+    return {overrides: _fit(config, loaded, sizes, settings) for overrides, config in configs.items()}
+
+
+def _fit(config: EngineConfig, loaded: LoadedModel, sizes: _Sizes, settings: Settings) -> EngineConfig:
     """The settings with a pool for the dialogues. Raises ContextLengthExceeded where the longest does not fit the model or the pool."""
     limit = min(config.max_session_tokens or loaded.max_positions, loaded.max_positions)
     needed = sizes.prompt_tokens + settings.max_tokens
@@ -224,6 +294,7 @@ def _manifest(
         "split": str(settings.wanted.split),
         "tokens": settings.wanted.tokens,
         "ask": settings.wanted.ask,
+        "past": settings.wanted.past,
         "seed": settings.wanted.seed,
         "max_tokens": settings.max_tokens,
         "num_dialogues": len(dialogues),

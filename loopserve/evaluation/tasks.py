@@ -17,6 +17,8 @@ from loopserve.evaluation.loaders import read_dialogues
 from loopserve.evaluation.public_sets import PUBLIC_SETS, load_public
 
 ASKS = ("probes", "all")
+OWN = "own"
+PASTS = ("reference", OWN)
 SPLITS = (Split.VALIDATION, Split.TEST)
 
 
@@ -25,7 +27,8 @@ class Wanted:
     """Which dialogues, as asked for. `tokens` and `split` are of the made ones.
 
     `ask`: "probes" asks the probes of a dialogue that has any, so that all of them meet its whole past, and tells its other turns;
-    "all" asks every scored turn.
+    "all" asks every scored turn. `past`: "reference" tells a dialogue with its reference answers, "own" with those that the model gives
+    when it is told turn by turn, densely.
     """
 
     tasks: tuple[str, ...]
@@ -34,6 +37,7 @@ class Wanted:
     seed: int = 1
     split: str = Split.VALIDATION
     ask: str = ASKS[0]
+    past: str = PASTS[0]
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -42,6 +46,8 @@ class Wanted:
             raise InvalidRequest(f"there is no split {self.split!r}; known: {', '.join(SPLITS)}", param="split")
         if self.ask not in ASKS:
             raise InvalidRequest(f"--ask {self.ask!r} is unknown; known: {', '.join(ASKS)}", param="ask")
+        if self.past not in PASTS:
+            raise InvalidRequest(f"--past {self.past!r} is unknown; known: {', '.join(PASTS)}", param="past")
         for task in self.tasks:
             if not (task in TASKS or _is_public(task) or _is_file(task)):
                 raise InvalidRequest(f"there is no task {task!r}; known: {choices()}", param="tasks")

@@ -8,10 +8,10 @@ import pytest
 from loopserve.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from loopserve.evaluation import suite
 from loopserve.evaluation.answers import MANIFEST, AnswerLog
-from loopserve.evaluation.loaders import write_dialogues
-from loopserve.evaluation.report import write_report
+from loopserve.evaluation.loaders import read_dialogues, write_dialogues
+from loopserve.evaluation.report import MARKDOWN, write_report
 from loopserve.evaluation.scoring import score
-from loopserve.evaluation.suite import Settings, run
+from loopserve.evaluation.suite import TOLD, Settings, run, tell
 from loopserve.evaluation.tasks import Wanted
 from loopserve.evaluation.variants import Budget, Variant, find_method, make_variants
 
@@ -24,8 +24,12 @@ class Counting:
 
     def __init__(self, most: int | None = None) -> None:
         self.counted_: tuple[int, int] | None = None
+        self.told_: tuple[int, int] | None = None
         self.num_answered = 0
         self._most = most
+
+    def told(self, num_told, num_dialogues):
+        self.told_ = num_told, num_dialogues
 
     def counted(self, num_answers, num_before):
         self.counted_ = num_answers, num_before
@@ -41,7 +45,7 @@ def settings(tmp_path, dialogues):
     write_dialogues(tmp_path / "lockers.jsonl", dialogues)
 
     def make(out="run", **changes):
-        asked = {"num": 2, "seed": 1, "ask": "all"}
+        asked = {"num": 2, "seed": 1, "ask": "all", "past": "reference"}
         asked |= {name: changes.pop(name) for name in asked.keys() & changes.keys()}
         wanted = Wanted(tasks=(str(tmp_path / "lockers.jsonl"),), **asked)
         settings = {"model": "", "wanted": wanted, "variants": VARIANTS, "concurrency": 4, "max_tokens": 5}
@@ -136,6 +140,42 @@ def test_engine_settings_are_those_of_their_variants_and_noted(settings, loaded,
 def test_only_probes_are_asked_where_there_are_any_and_other_scored_turns_are_told(settings, loaded):
     log = run(settings(variants=VARIANTS[:1], ask="probes"), listener=Counting(), loaded=loaded)
     assert sorted({answer.turn for answer in log.answers}) == [2, 5, 6]
+
+
+def test_questions_may_stand_over_what_the_model_itself_answered(settings, loaded, dialogues, tmp_path):
+    listener = Counting()
+    own = run(settings("own", past="own", variants=VARIANTS[:2]), listener=listener, loaded=loaded)
+    assert listener.told_ == (2, 2)
+    told = read_dialogues(tmp_path / "own" / TOLD)
+    assert [d.id for d in told] == [d.id for d in dialogues]
+    assert not {turn.answer for d in told for turn in d.turns if not turn.probe} & {"Noted."}
+    given = Wanted(tasks=(str(tmp_path / "own" / TOLD),), num=2, seed=1, ask="all")
+    again = run(settings("again", wanted=given, variants=VARIANTS[:2]), listener=Counting(), loaded=loaded)
+    assert {a.key: (a.text, a.prompt_tokens) for a in own.answers} == {
+        a.key: (a.text, a.prompt_tokens) for a in again.answers
+    }
+    report = write_report(tmp_path / "own", draws=50)
+    assert "The past holds the model's own answers" in (tmp_path / "own" / MARKDOWN).read_text()
+    assert report.is_complete
+
+
+def test_a_run_over_own_answers_that_was_broken_off_does_not_tell_again(settings, loaded, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(past="own"), listener=Counting(most=3), loaded=loaded)
+    monkeypatch.setattr(suite, "with_own_answers", None)
+    second = Counting()
+    log = run(settings(past="own"), listener=second, loaded=loaded)
+    assert second.counted_ == (2 * NUM_SCORED * 3, 3)
+    assert len(log.answers) == 2 * NUM_SCORED * 3
+    with pytest.raises(InvalidRequest, match=r"other settings \(past\)"):
+        run(settings(), listener=Counting(), loaded=loaded)
+
+
+def test_runs_share_a_past_that_was_told_beforehand(settings, loaded, tmp_path, monkeypatch):
+    tell(settings(past="own"), listener=Counting(), loaded=loaded)
+    assert (tmp_path / "run" / TOLD).exists()
+    monkeypatch.setattr(suite, "with_own_answers", None)
+    assert len(run(settings(past="own"), listener=Counting(), loaded=loaded).answers) == 2 * NUM_SCORED * 3
 
 
 def test_made_dialogues_are_asked_too(settings, loaded, tmp_path):
