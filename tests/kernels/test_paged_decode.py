@@ -109,6 +109,20 @@ def test_nothing_left_out_changes_nothing(
     torch.testing.assert_close(beside, plain, atol=naive.TOLERANCE[torch.float32], rtol=0)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_not_a_number_in_a_query_is_not_hidden_by_what_is_left_out(
+    make_pool: Callable[..., Pool], random_query: Callable[..., Tensor], padded: bool
+):
+    pool, query = make_pool(20, 2, 8), random_query(2, 4, 8)
+    query[1, 3, 0] = torch.nan
+    slots = pool.slots[:10].expand(2, 2, 10)
+    left_out = LeftOut(torch.zeros(2, 4), torch.ones(2, 2, 8))
+    valid = torch.rand(slots.shape) < 0.9 if padded else None
+    output = paged_decode(query, pool.keys, pool.values, slots, valid, scale=0.5, left_out=left_out)
+    assert output[1, 3].isnan().all()
+    assert output[:, :3].isfinite().all() and output[0].isfinite().all()
+
+
 @pytest.mark.parametrize("num_lists", [1, 2, 4])
 def test_a_row_with_nothing_valid_gives_zeros_even_over_poison(
     make_pool: Callable[..., Pool], random_query: Callable[..., Tensor], num_lists: int

@@ -55,7 +55,9 @@ def _beside_left_out(
         logits = logits.masked_fill(~valid[:, :, None], float("-inf"))
         values = values.masked_fill(~valid[..., None], 0.0)  # 0 * NaN is NaN
     last = left_out.log_weight.view(num_rows, num_lists, per_list, 1)
-    weights = torch.cat((logits, last), dim=3).softmax(dim=3).nan_to_num()  # NaN: nothing at all to read
+    weights = torch.cat((logits, last), dim=3).softmax(dim=3)
+    reads = logits.shape[3] > 0 if valid is None else valid.any(dim=2)[:, :, None, None]
+    weights = weights.where(~last.isneginf() | reads, 0.0)  # 0 / 0: nothing at all to read
     value = left_out.value.float().repeat_interleave(num_lists // left_out.value.shape[1], dim=1)  # [R, Hs, D]
     return weights[..., :-1] @ values + weights[..., -1:] * value[:, :, None]
 
