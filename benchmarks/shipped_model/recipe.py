@@ -34,7 +34,9 @@ class Recipe:
     warmup_steps: int = 60
     decay_from: float = 0.5  # of the tokens: from there the rate falls in a straight line
     weight_decay: float = 0.05
-    reply_weight: float = 0.25  # of a note's token beside an answer's: what loose text is worth a note is often a guess
+    reply_weight: float = 1.0  # of a note's token beside an answer's: a conversation is answered from the notes in it
+    slipping: float = 0.5  # share of the dialogues whose notes have slips
+    slips: float = 0.5  # share of the notes' turns with slips, in those
     earlier_share: float = 0.2  # of the batches: of an earlier stage
     stretch_positions: int = 12_288  # a stretched dialogue ends at most here
     first_stage: int = 0

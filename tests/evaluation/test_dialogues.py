@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopserve.cli.dialogue_file import read_dialogues as read_for_replay
-from loopserve.evaluation.dialogues import RECALL_TASKS, TASKS, Shape, Split, make_dialogues, make_past, phrases, words
+from loopserve.evaluation.dialogues import (
+    RECALL_TASKS,
+    TASKS,
+    Shape,
+    Split,
+    composed,
+    make_dialogues,
+    make_past,
+    phrases,
+    words,
+)
 from loopserve.evaluation.dialogues.pasted import talk_of
 from loopserve.evaluation.items import Place, Third
 from loopserve.evaluation.loaders import write_dialogues
@@ -65,6 +75,57 @@ def test_a_blurred_wording_names_what_it_named(seed, phrase):
     blurred = words.blurred(random.Random(seed), phrase)
     assert re.findall(r"{\w+}", blurred) == re.findall(r"{\w+}", phrase)
     assert len(blurred.split(" ")) >= len(phrase.split(" "))
+
+
+COMPOSED = {name: value for name, value in WORDINGS.items() if composed.is_composed(value)}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_composed_wording_has_the_slots_of_its_list_and_is_none_of_it(name):
+    listed = COMPOSED[name]
+    drawn = [composed.compose(random.Random(seed), listed) for seed in range(300)]
+    slots = set(re.findall(r"{\w+}", listed[0]))
+    assert all(sorted(re.findall(r"{\w+}", text)) == sorted(slots) for text in drawn)
+    assert not {text.lower() for text in listed} & {text.lower() for text in drawn}
+    assert not any(mark in text for text in drawn for mark in "[]")
+    assert len(set(drawn)) > 20
+
+
+def test_what_is_asked_or_told_in_passing_is_composed_but_what_changes_a_fact_is_not():
+    assert set(WORDINGS) - set(COMPOSED) == {"CORRECT_NUMBER", "TELL_SIGN_OFF"}
+
+
+def test_small_talk_is_composed_too_asks_often_and_is_none_that_is_listed():
+    drawn = [composed.compose(random.Random(seed), phrases.TALK) for seed in range(500)]
+    assert {slot for text in drawn for slot in re.findall(r"{\w+}", text)} <= {"{a}", "{b}", "{n}"}
+    assert all("{a}" in text for text in drawn)
+    assert not {text.lower() for text in phrases.TALK} & {text.lower() for text in drawn}
+    assert sum(text.endswith("?") for text in drawn) > len(drawn) / 3
+    assert len(set(drawn)) > 0.9 * len(drawn)
+
+
+def test_no_word_of_a_composed_wording_names_a_fact_in_training():
+    drawn = {words.Names(random.Random(seed), Split.TRAIN).noun() for seed in range(2000)}
+    assert not (drawn & composed.parts_words()) - set(words.NOUNS)
+
+
+def test_held_out_dialogues_hold_no_composed_wording():
+    asked = {
+        template for name in ("ASK_NUMBER", "ASK_LINK") for template in words.phrases_of(WORDINGS[name], Split.TEST)
+    }
+    forms = [re.compile(re.escape(text).replace(r"\{noun\}", r"\w+").replace(r"\{person\}", r"\w+")) for text in asked]
+    for dialogue in dialogues(("facts", "multihop"), num=12):
+        for probe in probes_of(dialogue):
+            assert any(form.search(probe.user) for form in forms), probe.user
+
+
+@given(st.integers(0, 10**6))
+def test_a_spliced_sentence_begins_as_one_and_ends_as_the_other(seed):
+    rng = random.Random(seed)
+    one, other = rng.choice(phrases.TALK), rng.choice(phrases.TALK)
+    spliced = words.spliced(rng, one, other).split(" ")
+    assert spliced[0] == one.split(" ")[0]
+    assert spliced[-1] == other.split(" ")[-1]
 
 
 @pytest.mark.parametrize("split", list(Split))

@@ -5,12 +5,14 @@ Now and then it does all the same, as in life: facts are named later, too.
 """
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+from loopserve.evaluation.dialogues.composed import compose
 from loopserve.evaluation.dialogues.phrases import TALK, TITLES
-from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, odd_word, phrases_of, text_words
+from loopserve.evaluation.dialogues.words import GRAMMAR, Split, blurred, odd_word, phrases_of, spliced, text_words
 
 _ENDS = (".", ".", ".", ".", "!", ";", ":")
+_TRAINED_ENDS = (*_ENDS, "?", "?")  # what ends like a question need not be one
 _NUMBER_SHARE = 0.12  # of pasted sentences that hold a number, so that not every number is an answer
 _GRAMMAR_SHARE = 0.4  # of words, as in English
 _COMMA_SHARE = 0.08
@@ -23,14 +25,23 @@ _WORDS = (5, 15)
 def talk_of(rng: random.Random, split: Split) -> list[str]:
     """Sentences that people say in one dialogue, which come back in it.
 
-    In training some of those there are, so that each comes back as often as a held-out one, and half of them `blurred`: whatever word
-    comes back with its sentence is no name.
+    In training some of those there are, so that each comes back as often as a held-out one, and many of them are `blurred` or `spliced`,
+    or give way to a composed question or request: whatever word comes back with its sentence is no name, whatever the sentence asks.
     """
     phrases = phrases_of(TALK, split, num_held_out=_TALK_HELD_OUT)
     if split is not Split.TRAIN:
         return list(phrases)
-    drawn = rng.sample(phrases, rng.randint(_TALK_HELD_OUT, len(phrases)))
-    return [blurred(rng, phrase) if rng.random() < 0.5 else phrase for phrase in drawn]
+    drawn = rng.sample(phrases, rng.randint(_TALK_HELD_OUT, len(phrases) // 2))
+    return [_altered(rng, phrase, phrases) for phrase in drawn]
+
+
+def _altered(rng: random.Random, phrase: str, phrases: Sequence[str]) -> str:
+    chance = rng.random()
+    if chance < 0.35:
+        return compose(rng, TALK)
+    if chance < 0.6:
+        return blurred(rng, phrase)
+    return spliced(rng, phrase, rng.choice(phrases)) if chance < 0.7 else phrase
 
 
 class LooseText:
@@ -51,7 +62,8 @@ class LooseText:
         if rng.random() < _NUMBER_SHARE:
             words.insert(rng.randrange(1, len(words)), str(rng.randrange(10 ** rng.randint(1, 4))))
         text = "".join(word + (", " if rng.random() < _COMMA_SHARE else " ") for word in words[:-1]) + words[-1]
-        return text[0].upper() + text[1:] + rng.choice(_ENDS)
+        ends = _ENDS if self._split is not Split.TRAIN else _TRAINED_ENDS
+        return text[0].upper() + text[1:] + rng.choice(ends)
 
     def sentences(self, num: int) -> list[str]:
         """So many, all as people write them (where there are enough) or all of words in any order."""

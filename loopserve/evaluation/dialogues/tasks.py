@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from loopserve.evaluation.dialogues import phrases as said
+from loopserve.evaluation.dialogues.composed import compose, is_composed
 from loopserve.evaluation.dialogues.pasted import LooseText
 from loopserve.evaluation.dialogues.words import Names, Split, blurred, phrases_of
 from loopserve.evaluation.items import Metric
@@ -54,10 +55,13 @@ class Maker:
     text: LooseText
 
     def pick(self, phrases: tuple[str, ...], **slots: str) -> str:
-        """One wording of the split, filled in, with a capital. In training some are `blurred`."""
+        """One wording of the split, filled in, with a capital. In training half are `composed` and a quarter `blurred`."""
         text = self.rng.choice(phrases_of(phrases, self.split))
         if self.split is Split.TRAIN:
-            text = blurred(self.rng, text) if phrases not in _ALL_COUNTS and self.rng.random() < 0.35 else text
+            if is_composed(phrases) and self.rng.random() < 0.5:
+                text = compose(self.rng, phrases)
+            elif phrases not in _ALL_COUNTS and self.rng.random() < 0.5:
+                text = blurred(self.rng, text)
             if self.rng.random() < 0.1:
                 text = self.rng.choice(said.LEAD_INS) + (text if text.startswith("I ") else text[0].lower() + text[1:])
         text = text.format(**slots)
@@ -92,7 +96,9 @@ def _facts(make: Maker) -> Puzzle:
 
 def _passing(make: Maker) -> Puzzle:
     noun, value = make.names.noun(), make.code()
-    sentences = [make.text.sentence() for _ in range(make.rng.randint(1, 4))]
+    amid = make.rng.randint(1, 4)
+    varied = make.split is Split.TRAIN  # held-out facts lie amid words in any order, as in every published result
+    sentences = make.text.sentences(amid) if varied else [make.text.sentence() for _ in range(amid)]
     sentences.insert(make.rng.randint(0, len(sentences)), make.pick(said.TELL_NUMBER, noun=noun, value=value))
     return Puzzle(
         "passing", (Piece(" ".join(sentences), (f"{noun} {value}",)),), (_ask_number(make, noun, value, after=1),)

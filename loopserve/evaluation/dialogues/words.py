@@ -13,7 +13,7 @@ from enum import StrEnum
 from functools import cache
 from importlib import resources
 
-from loopserve.evaluation.dialogues import phrases
+from loopserve.evaluation.dialogues import composed, phrases
 
 
 class Split(StrEnum):
@@ -111,8 +111,9 @@ def text_words() -> tuple[str, ...]:
 def _other_names() -> tuple[str, ...]:
     """Common words that name facts in training; none that a wording is made of: asked about a "code", that would name two things."""
     wordings = [text for name, value in vars(phrases).items() if name.startswith(_WORDINGS) for text in value]
-    told = {word.strip(_MARKS) for text in wordings for word in text.lower().split()}
-    left_out = {*GRAMMAR, *NOUNS, *told}
+    told = {word.strip(_MARKS).lower() for text in wordings for word in text.split()}
+    parts = {word.strip(_MARKS).lower() for word in composed.parts_words()}
+    left_out = {*GRAMMAR, *NOUNS, *told, *parts}
     return tuple(
         word for word in common_words() if len(word) >= 4 and word not in left_out and split_of(word) is Split.TRAIN
     )
@@ -210,6 +211,12 @@ def blurred(rng: random.Random, phrase: str) -> str:
         for _ in range(rng.randint(1, 3)):
             _insert(rng, words)
     return " ".join(words)
+
+
+def spliced(rng: random.Random, one: str, other: str) -> str:
+    """The begin of one sentence and the end of another."""
+    begin, end = one.split(" "), other.split(" ")
+    return " ".join((*begin[: rng.randint(1, len(begin) - 1)], *end[rng.randint(1, len(end) - 1) :]))
 
 
 def _insert(rng: random.Random, words: list[str]) -> None:
