@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from loopserve.evaluation.dialogues import RECALL_TASKS, TASKS
-from loopserve.evaluation.tasks import Wanted
+from loopserve.evaluation.tasks import OWN, Wanted
 from loopserve.evaluation.variants import Budget, Override, Variant, find_method, make_variants
 
 BUDGETS = tuple(Budget(share=share) for share in (0.50, 0.25, 0.10, 0.05))
@@ -107,6 +107,12 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
             ),
             lengths=(512, 1024, 2048, 4096),
             against="dense",
+        ),
+        "own_answers": Experiment(
+            "What is recall worth, and what does sparsity cost, where the past holds the model's own answers?",
+            replace(_RECALL, past=OWN),
+            (*make_variants(["dense"], ()), *make_variants(["loopserve"], BUDGETS)),
+            lengths=(1024, 2048),
         ),
         "methods": Experiment(
             "What does each method lose to dense, at 50, 25, 10 and 5 % of the KV that dense decode reads?",

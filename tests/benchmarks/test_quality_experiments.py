@@ -8,7 +8,7 @@ import pytest
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from benchmarks.quality.run import run_experiment
 from loopserve.evaluation.engines import build_config, by_engine, check_methods
-from loopserve.evaluation.tasks import Wanted
+from loopserve.evaluation.tasks import PASTS, Wanted
 from loopserve.evaluation.variants import Budget, make_variants
 
 pytestmark = pytest.mark.usefixtures("same_threads")
@@ -26,9 +26,10 @@ def test_every_setting_that_is_compared_exists_and_no_two_variants_are_one(name)
     assert any(variant.method.name == experiment.against for variant in experiment.variants)
 
 
-def test_workers_that_share_a_run_answer_as_one_does(tmp_path):
+@pytest.mark.parametrize("past", PASTS)
+def test_workers_that_share_a_run_answer_as_one_does(tmp_path, past):
     variants = (*make_variants(["dense"], ()), *make_variants(["loopserve-decode"], [Budget(share=0.5)]))
-    wanted = Wanted(("facts", "lists"), num=2, tokens=600, seed=1, split="validation")
+    wanted = Wanted(("facts", "lists"), num=2, tokens=600, seed=1, split="validation", past=past)
     experiment = Experiment("", wanted, variants, lengths=(600,), against="dense")
     outcomes = []
     for workers in (1, 2):
