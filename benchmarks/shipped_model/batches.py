@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.shipped_model.recipe import Recipe
+from benchmarks.shipped_model.slips import with_slips
 from benchmarks.shipped_model.text import PAD, Example, encode_dialogue, special_id
 from loopserve.evaluation.dialogues import Split, make_past
+from loopserve.evaluation.items import Dialogue
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def make_batch(recipe: Recipe, tokenizer: Tokenizer, key: BatchKey) -> Batch:
         return len(text) // 4 + 3  # up to a fifth too few; the tokenizer would be asked for everything twice
 
     dialogues = (make_past(rng, Split.TRAIN, stage.shape, count_tokens=count, id_="") for _ in range(rows))
-    examples = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
+    examples = [_encoded(rng, recipe, tokenizer, dialogue) for dialogue in dialogues]
     stretch = [recipe.stretch_positions if rng.random() < stage.stretched else 0 for _ in examples]
     longest = max(len(example.ids) for example in examples)
     pad = special_id(tokenizer, PAD)
@@ -72,6 +74,11 @@ def make_batch(recipe: Recipe, tokenizer: Tokenizer, key: BatchKey) -> Batch:
         kinds[row, :length] = torch.tensor(example.kinds)
         positions[row, :length] = torch.tensor(_positions(rng, example, stretch[row]))
     return Batch(stage_index, ids, kinds, positions, sum(len(example.ids) for example in examples))
+
+
+def _encoded(rng: random.Random, recipe: Recipe, tokenizer: Tokenizer, dialogue: Dialogue) -> Example:
+    share = recipe.slips if rng.random() < recipe.slipping else 0.0
+    return encode_dialogue(tokenizer, *with_slips(rng, dialogue, share))
 
 
 def _positions(rng: random.Random, example: Example, farthest: int) -> list[int]:

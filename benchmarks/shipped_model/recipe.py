@@ -34,7 +34,9 @@ class Recipe:
     warmup_steps: int = 60
     decay_from: float = 0.5  # of the tokens: from there the rate falls in a straight line
     weight_decay: float = 0.05
-    reply_weight: float = 0.1  # of a reply's token beside an answer's: most replies are the same word
+    reply_weight: float = 1.0  # of a note's token beside an answer's: a conversation is answered from the notes in it
+    slipping: float = 0.5  # share of the dialogues whose notes have slips
+    slips: float = 0.5  # share of the notes' turns with slips, in those
     earlier_share: float = 0.2  # of the batches: of an earlier stage
     stretch_positions: int = 12_288  # a stretched dialogue ends at most here
     first_stage: int = 0
@@ -79,8 +81,8 @@ def full_recipe(tokens: int, seed: int) -> Recipe:
 
 
 def further(recipe: Recipe) -> Recipe:
-    """For a model that has been through the recipe, or one like it: all but its first stage, at a rate that soon falls from six tenths."""
-    return replace(recipe, rate=0.6 * recipe.rate, decay_from=0.3, first_stage=min(1, len(recipe.stages) - 1))
+    """For a model that has been through the recipe: its last stages, at a rate that soon falls from two fifths of the first."""
+    return replace(recipe, rate=0.4 * recipe.rate, decay_from=0.15, first_stage=max(0, len(recipe.stages) - 3))
 
 
 def tiny_recipe(seed: int) -> Recipe:

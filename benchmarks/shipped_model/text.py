@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -99,8 +99,11 @@ def message_tokens(tokenizer: Tokenizer) -> Callable[[str], int]:
     return lambda text: len(tokenizer.encode(text).ids) + 2
 
 
-def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> Example:
-    """The rendered dialogue, with the tokens that the assistant must produce marked by the task that they answer."""
+def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue, not_learned: Collection[int] = ()) -> Example:
+    """The rendered dialogue, with the tokens that the assistant must produce marked by the task that they answer.
+
+    The answers of the turns `not_learned` (their indices) stand in the past like any other, but bear no loss.
+    """
     system, user, assistant = (special_id(tokenizer, role) for role in ROLES)
     end = special_id(tokenizer, END)
     ids, kinds = [special_id(tokenizer, BEGIN)], [IGNORE]
@@ -114,8 +117,9 @@ def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> Example:
 
     if dialogue.system:
         add(system, dialogue.system, IGNORE)
-    for turn in dialogue.turns:
+    for index, turn in enumerate(dialogue.turns):
         add(user, turn.user, IGNORE)
         known = TASKS.index(turn.task) if turn.task in TASKS else _UNKNOWN
-        add(assistant, turn.answer, FIRST_TASK + known if turn.is_scored else REPLY)
+        learned = IGNORE if index in not_learned else REPLY
+        add(assistant, turn.answer, FIRST_TASK + known if turn.is_scored else learned)
     return Example(tuple(ids), tuple(kinds), tuple(messages))

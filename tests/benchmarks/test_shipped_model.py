@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from benchmarks.shipped_model.batches import BatchKey, make_batch
 from benchmarks.shipped_model.model import build_model, word_embeddings
 from benchmarks.shipped_model.muon import Muon, orthogonalized
 from benchmarks.shipped_model.recipe import full_recipe, further, tiny_recipe
+from benchmarks.shipped_model.slips import with_slips
 from benchmarks.shipped_model.text import IGNORE, REPLY, build_tokenizer, encode_dialogue, special_id
+from loopserve.evaluation.dialogues import Split, make_past
 from loopserve.evaluation.items import Dialogue, Turn
 from loopserve.loading import shipped_model_dir
 
@@ -62,7 +65,7 @@ def test_positions_ascend_and_stay_within_the_model(tokenizer, stage):
 
 def test_only_what_the_assistant_says_bears_loss(tokenizer):
     turns = (
-        Turn("My gate is 51.", "Noted."),
+        Turn("My gate is 51.", "Noted: gate 51."),
         Turn("What is my gate?", "On record: gate 51.", ("gate 51",), task="facts"),
     )
     example = encode_dialogue(tokenizer, Dialogue("d", "Answer briefly.", turns))
@@ -72,6 +75,48 @@ def test_only_what_the_assistant_says_bears_loss(tokenizer):
     assert said == answers
     num_replied = len(tokenizer.encode(turns[0].answer).ids) + 2
     assert [kind for kind in example.kinds if kind == REPLY] == [REPLY] * num_replied
+
+
+def told_dialogues(num):
+    shape = full_recipe(1, 1).stages[4].shape
+    return [make_past(random.Random(seed), Split.TRAIN, shape, count_tokens=len, id_=str(seed)) for seed in range(num)]
+
+
+def test_slips_are_in_notes_alone_and_say_where():
+    rng = random.Random(4)
+    for dialogue in told_dialogues(20):
+        slipped, where = with_slips(rng, dialogue, 0.5)
+        for index, (before, after) in enumerate(zip(dialogue.turns, slipped.turns, strict=True)):
+            assert dataclasses.replace(after, answer=before.answer) == before
+            if index in where:
+                assert not before.is_scored and before.answer.startswith(("Noted: ", "Changed: "))
+            else:
+                assert after == before
+
+
+def test_a_note_with_a_slip_is_left_out_or_about_another_word_of_the_message():
+    turn = Turn("My locker is 4417 and the gate is 88.", "Noted: locker 4417; gate 88.")
+    seen = {with_slips(random.Random(s), Dialogue("d", "", (turn,)), 1.0)[0].turns[0].answer for s in range(300)}
+    assert {"I see.", "Noted: gate 88.", "Noted: locker 4417.", turn.answer} <= seen
+    notes = {note for answer in seen for note in answer.removeprefix("Noted: ").rstrip(".").split("; ")}
+    assert {note.split()[0] for note in notes - {"I see"}} == {"locker", "gate", "and", "the"}
+    assert {note.split()[1] for note in notes - {"I see"}} == {"4417", "88"}
+
+
+def test_no_slips_are_made_where_none_are_wanted():
+    for dialogue in told_dialogues(3):
+        assert with_slips(random.Random(0), dialogue, 0.0) == (dialogue, frozenset())
+
+
+def test_what_bears_a_slip_is_not_learned_but_read(tokenizer):
+    turns = (Turn("My locker is 4417.", "Noted: is 4417."), Turn("My locker?", "On record: locker 4417.", ("4417",)))
+    whole = encode_dialogue(tokenizer, Dialogue("d", "", turns))
+    partly = encode_dialogue(tokenizer, Dialogue("d", "", turns), {0})
+    assert partly.ids == whole.ids
+    question = partly.messages[3]
+    assert REPLY in whole.kinds[:question]
+    assert set(partly.kinds[:question]) == {IGNORE}
+    assert partly.kinds[question:] == whole.kinds[question:]
 
 
 def test_any_text_is_tokenised_and_comes_back(tokenizer):
@@ -145,12 +190,12 @@ def test_muon_moves_as_torchs_own_but_for_the_rounding_of_bfloat16():
     assert (ours - theirs).norm() < 0.03 * moved  # bfloat16 has 8 bits, and five steps add up
 
 
-def test_training_further_begins_later_and_at_a_lower_rate():
+def test_training_further_begins_late_and_at_a_lower_rate():
     recipe = full_recipe(1000, seed=3)
     late = further(recipe)
     assert late.stages == recipe.stages
-    assert late.first_stage == 1
-    assert 0 < late.rate < recipe.rate
+    assert late.first_stage == len(recipe.stages) - 3
+    assert 0 < late.rate < recipe.rate / 2
 
 
 def test_a_trained_model_is_trained_further_with_its_own_tokenizer(tmp_path, monkeypatch):

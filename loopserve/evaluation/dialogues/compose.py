@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from loopserve.evaluation.dialogues import phrases as said
 from loopserve.evaluation.dialogues.pasted import LooseText
-from loopserve.evaluation.dialogues.tasks import MAKERS, Maker, Puzzle, Question, recalled
+from loopserve.evaluation.dialogues.tasks import MAKERS, Maker, Piece, Puzzle, Question, recalled, reply_to
 from loopserve.evaluation.dialogues.words import Names, Split
 from loopserve.evaluation.items import Dialogue, Metric, Place, Third, Turn
 
@@ -52,7 +52,7 @@ class Probe:
 @dataclass(frozen=True, slots=True)
 class _Event:
     moment: float
-    told: str = ""  # else a question
+    told: Piece | None = None  # else a question
     question: Question | None = None
     task: str = ""
     metric: Metric = Metric.MATCH
@@ -160,7 +160,7 @@ class _Builder:
             return
         self._sign_off = self._make.names.invented()
         text = self._make.pick(said.TELL_SIGN_OFF, word=self._sign_off)
-        self._add(_Event(moment, told=text, signs_off=True))
+        self._add(_Event(moment, told=Piece(text, (f"end {self._sign_off}",)), signs_off=True))
 
     def _add(self, *events: _Event) -> None:
         """Whether there is room for them or not."""
@@ -240,7 +240,7 @@ class _Builder:
                 most //= 2
                 continue
             self._room -= cost
-            self._events.append(_Event(self._rng.random(), told=text))
+            self._events.append(_Event(self._rng.random(), told=Piece(text)))
 
     def _surround(self, text: str, place: Place, num_sentences: int) -> str:
         """The question amid other text, on a line of its own. At the begin and in the middle it is not the newest that was read."""
@@ -250,8 +250,9 @@ class _Builder:
         return between.join(part for part in (" ".join(around[:at]), text, " ".join(around[at:])) if part)
 
     def _cost(self, event: _Event) -> int:
-        if event.question is None:
-            return self._count(event.told)
+        if event.told is not None:
+            return self._count(event.told.text) + self._count("; ".join(event.told.notes))
+        assert event.question is not None, "an event tells or asks"
         return self._count(event.question.text) + self._count(event.question.answer)
 
     def _turns(self, events: Sequence[_Event]) -> Iterator[Turn]:
@@ -261,13 +262,14 @@ class _Builder:
         num_gaps = max(1, len(events) - num_asked)
         cut = min(1.0, max(0.0, (wanted - num_asked) / num_gaps))  # chance that a message ends after a told event
         signed = ""
-        pending: list[str] = []
+        pending: list[Piece] = []
         for event in events:
             if event.question is not None:
                 yield from self._telling_turn(pending)
                 pending = []
                 yield _asking_turn(event, signed)
                 continue
+            assert event.told is not None, "an event tells or asks"
             pending.append(event.told)
             signed = self._sign_off if event.signs_off else signed
             if self._rng.random() < cut:
@@ -275,11 +277,12 @@ class _Builder:
                 pending = []
         yield from self._telling_turn(pending)
 
-    def _telling_turn(self, pieces: Sequence[str]) -> Iterator[Turn]:
+    def _telling_turn(self, pieces: Sequence[Piece]) -> Iterator[Turn]:
         if not pieces:
             return
         between = "\n\n" if self._rng.random() < 0.2 else " "
-        yield Turn(self._carelessly(between.join(pieces)), said.ACKNOWLEDGED)
+        text = between.join(piece.text for piece in pieces)
+        yield Turn(self._carelessly(text), reply_to(pieces))
 
     def _carelessly(self, text: str) -> str:
         if self._rng.random() >= self._shape.careless:

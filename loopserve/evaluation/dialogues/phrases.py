@@ -3,7 +3,7 @@
 Wordings of one list mean the same, so that a model must find what is asked, not the sentence that it knows.
 """
 
-ACKNOWLEDGED = "Noted."
+ACKNOWLEDGED = "I see."
 NOT_GIVEN = "not given"
 
 TELL_NUMBER = (

@@ -1,12 +1,11 @@
 """The kinds of questions: what is told for each, what is asked later, and the one right answer. Pure; knows nothing about a whole dialogue.
 
-What is told is acknowledged and no more: an answer comes from what the user said, however long ago, and not from a note of it. Every
-answer names what it is about before what it recalls ("On record: locker 4417."): small models look back for a name that stands before
-them. A chain of two recalls says both.
+Every answer names what it is about before what it recalls ("On record: locker 4417."): small models copy what follows a name that
+stands before them. A chain of two recalls says both.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -18,8 +17,17 @@ from loopserve.evaluation.items import Metric
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Something told: a text, and what the assistant notes of it, if anything."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+    changes: bool = False  # what was noted before
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
-    """Something asked, once so many of the puzzle's pieces have been told as `after` says."""
+    """Something asked, once all pieces before it have been told; `after` counts them."""
 
     text: str
     answer: str
@@ -29,10 +37,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Puzzle:
-    """What is told, in pieces, in this order, and the questions that they answer; the last question is about all of them."""
+    """Pieces in the order of telling, and the questions that they answer; the last question is about all of them."""
 
     task: str
-    pieces: tuple[str, ...]
+    pieces: tuple[Piece, ...]
     questions: tuple[Question, ...]
     metric: Metric = Metric.MATCH
 
@@ -67,6 +75,14 @@ class Maker:
 _ALL_COUNTS = (said.CORRECT_NUMBER, said.TELL_SIGN_OFF)  # wordings that say what kind of statement it is
 
 
+def reply_to(pieces: Sequence[Piece]) -> str:
+    """What the assistant says to a message of these pieces: all that it notes, what changed after what is new."""
+    new = [note for piece in pieces if not piece.changes for note in piece.notes]
+    changed = [note for piece in pieces if piece.changes for note in piece.notes]
+    said_of = [f"{head}: {'; '.join(notes)}." for head, notes in (("Noted", new), ("Changed", changed)) if notes]
+    return " ".join(said_of) or said.ACKNOWLEDGED
+
+
 def recalled(text: str) -> str:
     """The form of every answer."""
     return f"On record: {text}."
@@ -74,22 +90,26 @@ def recalled(text: str) -> str:
 
 def _facts(make: Maker) -> Puzzle:
     noun, value = make.names.noun(), make.code()
-    told = make.pick(said.TELL_NUMBER, noun=noun, value=value)
+    told = Piece(make.pick(said.TELL_NUMBER, noun=noun, value=value), (f"{noun} {value}",))
     return Puzzle("facts", (told,), (_ask_number(make, noun, value, after=1),))
 
 
 def _passing(make: Maker) -> Puzzle:
     noun, value = make.names.noun(), make.code()
-    sentences = make.text.sentences(make.rng.randint(1, 4))
+    amid = make.rng.randint(1, 4)
+    varied = make.split is Split.TRAIN  # held-out facts lie amid words in any order, as in every published result
+    sentences = make.text.sentences(amid) if varied else [make.text.sentence() for _ in range(amid)]
     sentences.insert(make.rng.randint(0, len(sentences)), make.pick(said.TELL_NUMBER, noun=noun, value=value))
-    return Puzzle("passing", (" ".join(sentences),), (_ask_number(make, noun, value, after=1),))
+    return Puzzle(
+        "passing", (Piece(" ".join(sentences), (f"{noun} {value}",)),), (_ask_number(make, noun, value, after=1),)
+    )
 
 
 def _corrections(make: Maker) -> Puzzle:
     noun, first, second = make.names.noun(), make.code(), make.code()
     pieces = (
-        make.pick(said.TELL_NUMBER, noun=noun, value=first),
-        make.pick(said.CORRECT_NUMBER, noun=noun, value=second),
+        Piece(make.pick(said.TELL_NUMBER, noun=noun, value=first), (f"{noun} {first}",)),
+        Piece(make.pick(said.CORRECT_NUMBER, noun=noun, value=second), (f"{noun} {second}",), changes=True),
     )
     questions = (_ask_number(make, noun, first, after=1), _ask_number(make, noun, second, after=2))
     return Puzzle("corrections", pieces, questions)
@@ -106,14 +126,15 @@ def _documents(make: Maker) -> Puzzle:
         Question(make.pick(said.ASK_OWNER, noun=noun), recalled(f"{noun} {value}"), f"{noun} {value}", after=1)
         for noun, value in make.rng.sample(facts, min(2, number))
     )
-    return Puzzle("documents", (" ".join(sentences),), questions)
+    notes = tuple(f"{noun} {value}" for noun, value in facts)
+    return Puzzle("documents", (Piece(" ".join(sentences), notes),), questions)
 
 
 def _multihop(make: Maker) -> Puzzle:
     person, noun, value = make.names.person(), make.names.noun(), make.code()
     pieces = [
-        make.pick(said.TELL_NUMBER, noun=noun, value=value),
-        make.pick(said.TELL_LINK, noun=noun, person=person),
+        Piece(make.pick(said.TELL_NUMBER, noun=noun, value=value), (f"{noun} {value}",)),
+        Piece(make.pick(said.TELL_LINK, noun=noun, person=person), (f"{person} {noun}",)),
     ]
     make.rng.shuffle(pieces)
     asked = Question(
@@ -133,7 +154,10 @@ def _labels(make: Maker) -> Puzzle:
     make.rng.shuffle(shown)
     half = len(shown) // 2
     pieces = tuple(
-        make.pick(said.TELL_LABELS, examples="; ".join(f"{noun} -> {label_of[noun]}" for noun in part))
+        Piece(
+            make.pick(said.TELL_LABELS, examples="; ".join(f"{noun} -> {label_of[noun]}" for noun in part)),
+            tuple(dict.fromkeys(f"{noun} {label_of[noun]}" for noun in part)),
+        )
         for part in (shown[:half], shown[half:])
         if part
     )
@@ -153,14 +177,16 @@ def _lists(make: Maker) -> Puzzle:
     bare = make.split is Split.TRAIN and make.rng.random() < 0.5
     noun, items = make.names.noun(), make.names.words(make.rng.randint(3, 8 if bare else 5))
     listed = (" " if bare else ", ").join(items)
-    told = make.pick(said.TELL_LIST, noun=noun, items=listed)
+    told = Piece(make.pick(said.TELL_LIST, noun=noun, items=listed), (f"{noun} {listed}",))
     asked = Question(make.pick(said.ASK_LIST, noun=noun), recalled(f"{noun} {listed}"), f"{noun} {listed}", after=1)
     return Puzzle("lists", (told,), (asked,), Metric.F1)
 
 
 def _sums(make: Maker) -> Puzzle:
     pairs = [(make.names.noun(), make.rng.randrange(1, 10)) for _ in range(2)]
-    pieces = tuple(make.pick(said.TELL_STOCK, noun=noun, value=str(count)) for noun, count in pairs)
+    pieces = tuple(
+        Piece(make.pick(said.TELL_STOCK, noun=noun, value=str(count)), (f"{noun} {count}",)) for noun, count in pairs
+    )
     (one, first), (two, second) = make.rng.sample(pairs, 2)
     text = f"{one} {first}, {two} {second}, together {first + second}"
     asked = Question(make.pick(said.ASK_SUM, a=one, b=two), recalled(text), f"together {first + second}", after=2)
