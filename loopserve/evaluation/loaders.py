@@ -102,11 +102,15 @@ def read_each(path: Path, parse: Callable[[str], _Named]) -> list[_Named]:
 def write_dialogues(path: Path, dialogues: Iterable[Dialogue]) -> None:
     """Write dialogues so that `read_dialogues` and `loopserve replay` read them."""
     with path.open("w", encoding="utf-8") as file:
-        for dialogue in dialogues:
-            line = _DialogueLine(
-                id=dialogue.id, system=dialogue.system or None, turns=tuple(_line_of(turn) for turn in dialogue.turns)
-            )
-            file.write(json.dumps(line.model_dump(mode="json", exclude_none=True)) + "\n")
+        file.writelines(map(line_of, dialogues))
+
+
+def line_of(dialogue: Dialogue) -> str:
+    """The line of a file that holds the dialogue, its end included."""
+    line = _DialogueLine(
+        id=dialogue.id, system=dialogue.system or None, turns=tuple(_turn_line(turn) for turn in dialogue.turns)
+    )
+    return json.dumps(line.model_dump(mode="json", exclude_none=True)) + "\n"
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -122,7 +126,7 @@ def _dialogue(line: _DialogueLine, *, default_task: str) -> Dialogue:
     return Dialogue(line.id, line.system or "", tuple(turn.turn(line.task or default_task) for turn in line.turns))
 
 
-def _line_of(turn: Turn) -> _TurnLine:
+def _turn_line(turn: Turn) -> _TurnLine:
     extra: dict[str, Any] = {"accepted": turn.accepted, "metric": turn.metric} if turn.is_scored else {}
     if turn.is_scored and turn.metric is Metric.MATCH:
         extra["value"] = turn.accepted[0]  # what `loopserve replay` looks for

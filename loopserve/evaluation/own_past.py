@@ -5,7 +5,7 @@ are read again. Every dialogue goes on turn by turn on its own answers, several 
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from loopserve.detokenizer import Vocabulary
@@ -61,31 +61,19 @@ class _Telling:
 
 
 def with_own_answers(
-    dialogues: Sequence[Dialogue],
-    engine: Engine,
-    *,
-    concurrency: int,
-    max_tokens: int,
-    on_told: Callable[[int], None] = lambda num: None,
-) -> list[Dialogue]:
-    """The dialogues, in order, with every answer that is told exchanged for the model's; probes stay as they are.
+    dialogues: Sequence[Dialogue], engine: Engine, *, concurrency: int, max_tokens: int
+) -> Iterator[Dialogue]:
+    """The dialogues with every answer that is told exchanged for the model's, each as soon as it is told; probes stay as they are.
 
-    Steps the engine on the caller's thread. `on_told` hears how many are told. Raises EngineUnavailable naming the dialogue that failed.
+    Steps the engine on the caller's thread. Raises EngineUnavailable naming the dialogue that failed.
     """
     history = TokenHistory(engine.tokenizer, Vocabulary(engine.tokenizer), max_sessions=concurrency)
     events: list[TurnEvent] = []
     running: dict[TurnId, _Telling] = {}
-    told: dict[str, Dialogue] = {}
     waiting = deque(_Telling(dialogue) for dialogue in dialogues)
 
-    def go_on(telling: _Telling) -> None:
+    def ask(telling: _Telling) -> None:
         session_id = SessionId(telling.dialogue.id)
-        if telling.is_told:
-            told[telling.dialogue.id] = replace(telling.dialogue, turns=tuple(telling.turns))
-            history.forget(session_id)
-            engine.release(session_id)
-            on_told(len(told))
-            return
         request = TurnRequest(
             session_id=session_id,
             prompt_ids=history.of_messages(session_id, telling.ask()).token_ids,
@@ -97,7 +85,11 @@ def with_own_answers(
 
     while waiting or running:
         while waiting and len(running) < concurrency:
-            go_on(waiting.popleft())
+            telling = waiting.popleft()
+            if telling.is_told:  # nothing but probes
+                yield telling.dialogue
+            else:
+                ask(telling)
         if running and not engine.step() and not events:
             raise EngineUnavailable("the engine has nothing to compute, but turns have not ended")
         ended = [event for event in events if isinstance(event, TurnEnded)]
@@ -107,5 +99,10 @@ def with_own_answers(
             if event.reason in (FinishReason.ERROR, FinishReason.CANCELLED):
                 raise EngineUnavailable(f"dialogue {telling.dialogue.id}: {event.error or event.reason}")
             telling.answered(str(engine.tokenizer.decode(list(event.token_ids), skip_special_tokens=True)))
-            go_on(telling)
-    return [told[dialogue.id] for dialogue in dialogues]
+            if not telling.is_told:
+                ask(telling)
+                continue
+            session_id = SessionId(telling.dialogue.id)
+            history.forget(session_id)
+            engine.release(session_id)
+            yield replace(telling.dialogue, turns=tuple(telling.turns))

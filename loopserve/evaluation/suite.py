@@ -24,7 +24,7 @@ from loopserve.evaluation.engines import (
     weights_digest,
 )
 from loopserve.evaluation.items import Dialogue
-from loopserve.evaluation.loaders import read_dialogues, write_dialogues
+from loopserve.evaluation.loaders import line_of, read_dialogues
 from loopserve.evaluation.machine import describe_machine
 from loopserve.evaluation.own_past import with_own_answers
 from loopserve.evaluation.prompts import Prompter
@@ -154,27 +154,33 @@ def _with_first(first: Asking, rest: Iterator[Asking]) -> Iterator[Asking]:
 
 
 def _told(plan: _Plan, listener: Listener) -> Sequence[Dialogue]:
-    """The dialogues with the model's own answers in them: those that this run told before, where it was broken off."""
+    """The dialogues with the model's own answers in them; each is on disk as soon as it is told, and is not told again."""
     settings, loaded, dialogues = plan.settings, plan.loaded, plan.dialogues
     path = settings.out / TOLD
-    if path.exists():
-        return read_dialogues(path)
-    config = build_config(settings.model, (), concurrency=settings.concurrency)
-    most = max(_tokens_told(dialogue, loaded, settings.max_tokens) for dialogue in dialogues)
-    blocks = -(-most // BLOCK_TOKENS) + 1
-    config = fit_pool(config, loaded, blocks=settings.concurrency * blocks)
-    engine = Engine(config, loaded=loaded)
-    told = with_own_answers(
-        dialogues,
-        engine,
-        concurrency=max(1, min(settings.concurrency, engine.memory().blocks.total // blocks)),
-        max_tokens=settings.max_tokens,
-        on_told=lambda num: listener.told(num, len(dialogues)),
-    )
-    partial = path.with_suffix(".partial")
-    write_dialogues(partial, told)
-    partial.replace(path)
-    return told
+    told = {dialogue.id: dialogue for dialogue in _read_told(path)}
+    left = [dialogue for dialogue in dialogues if dialogue.id not in told]
+    if left:
+        most = max(_tokens_told(dialogue, loaded, settings.max_tokens) for dialogue in left)
+        blocks = -(-most // BLOCK_TOKENS) + 1
+        config = build_config(settings.model, (), concurrency=settings.concurrency)
+        engine = Engine(fit_pool(config, loaded, blocks=settings.concurrency * blocks), loaded=loaded)
+        fitting = max(1, min(settings.concurrency, engine.memory().blocks.total // blocks))
+        with path.open("a", encoding="utf-8") as file:
+            for dialogue in with_own_answers(left, engine, concurrency=fitting, max_tokens=settings.max_tokens):
+                file.write(line_of(dialogue))
+                file.flush()
+                told[dialogue.id] = dialogue
+                listener.told(len(told), len(dialogues))
+    return [told[dialogue.id] for dialogue in dialogues]
+
+
+def _read_told(path: Path) -> Sequence[Dialogue]:
+    """What was told before; a line that was broken off in the middle is dropped."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return read_dialogues(path) if whole else ()
 
 
 def _tokens_told(dialogue: Dialogue, loaded: LoadedModel, max_tokens: int) -> int:

@@ -147,7 +147,7 @@ def test_questions_may_stand_over_what_the_model_itself_answered(settings, loade
     own = run(settings("own", past="own", variants=VARIANTS[:2]), listener=listener, loaded=loaded)
     assert listener.told_ == (2, 2)
     told = read_dialogues(tmp_path / "own" / TOLD)
-    assert [d.id for d in told] == [d.id for d in dialogues]
+    assert sorted(d.id for d in told) == sorted(d.id for d in dialogues)
     assert not {turn.answer for d in told for turn in d.turns if not turn.probe} & {"Noted."}
     given = Wanted(tasks=(str(tmp_path / "own" / TOLD),), num=2, seed=1, ask="all")
     again = run(settings("again", wanted=given, variants=VARIANTS[:2]), listener=Counting(), loaded=loaded)
@@ -169,6 +169,17 @@ def test_a_run_over_own_answers_that_was_broken_off_does_not_tell_again(settings
     assert len(log.answers) == 2 * NUM_SCORED * 3
     with pytest.raises(InvalidRequest, match=r"other settings \(past\)"):
         run(settings(), listener=Counting(), loaded=loaded)
+
+
+def test_telling_that_was_broken_off_goes_on_with_what_is_whole(settings, loaded, tmp_path):
+    tell(settings("whole", past="own"), listener=Counting(), loaded=loaded)
+    whole = (tmp_path / "whole" / TOLD).read_text().splitlines(keepends=True)
+    tell(settings(past="own"), listener=Counting(), loaded=loaded)
+    (tmp_path / "run" / TOLD).write_text(whole[0] + whole[1][:40])
+    listener = Counting()
+    tell(settings(past="own"), listener=listener, loaded=loaded)
+    assert listener.told_ == (2, 2)
+    assert sorted((tmp_path / "run" / TOLD).read_text().splitlines(keepends=True)) == sorted(whole)
 
 
 def test_runs_share_a_past_that_was_told_beforehand(settings, loaded, tmp_path, monkeypatch):
