@@ -61,7 +61,7 @@ def evaluate(
         typer.Option(
             help="reference: a dialogue goes on with its reference answers; own: with what the model itself answers, densely."
         ),
-    ] = PASTS[0],
+    ] = next(iter(PASTS)),
     concurrency: Annotated[int, typer.Option(min=1, max=CONCURRENCY_MAX, help="Answers at a time.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     against: Annotated[

@@ -91,7 +91,7 @@ class AnswerLog:
         return cls(directory, _read_answers(directory)), manifest
 
     def __enter__(self) -> Self:
-        _cut_broken_line(self._path)
+        cut_broken_line(self._path)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         return self
 
@@ -155,7 +155,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _cut_broken_line(path: Path) -> None:
+def cut_broken_line(path: Path) -> None:
     """Take away what follows the last line's end: it was being written when the run was broken off."""
     if not path.exists():
         return

@@ -15,21 +15,18 @@ from dataclasses import dataclass, field
 
 from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import (
-    FinishReason,
     Mode,
     QualityContract,
     QualityReport,
     SamplingParams,
     SessionId,
     TurnEnded,
-    TurnEvent,
-    TurnId,
     TurnRequest,
     TurnUsage,
 )
 from loopserve.engine import Engine
-from loopserve.errors import EngineUnavailable
 from loopserve.evaluation.prompts import Question, Script, Stop, TokenIds
+from loopserve.evaluation.turns import Turns
 from loopserve.evaluation.variants import REFERENCE, Variant
 
 _WAITING_RATIO = 2  # turns submitted over turns in the batch: the next ones are there when places come free
@@ -165,8 +162,7 @@ class Driver:
         self._seed = seed
         self._contract_of = contract_of
         self._blocks = engine.memory().blocks.total
-        self._events: list[TurnEvent] = []
-        self._pending: dict[TurnId, _Pending] = {}
+        self._pending: Turns[_Pending] = Turns(engine)
 
     def run(self, askings: Iterable[Asking]) -> Iterator[Answered]:
         """Every question under every variant, answered; in no particular order. Raises EngineUnavailable when a turn fails."""
@@ -178,8 +174,6 @@ class Driver:
                 opened.append(self._open(next_one))
                 next_one = next(coming, None)
             self._submit(opened)
-            if self._pending and not self._engine.step() and not self._events:
-                raise EngineUnavailable("the engine has nothing to compute, but turns have not ended")
             yield from self._take_ended()
             for done in [each for each in opened if each.is_done()]:
                 opened.remove(done)
@@ -237,8 +231,7 @@ class Driver:
             cache_salt=each.asking.prefill,  # an approximate past is never completed from an exact one of the same text
             reuse_tokens_max=reuse_tokens_max,
         )
-        (turn_id,) = self._engine.submit(request, self._events.extend)
-        self._pending[turn_id] = pending
+        self._pending.submit(request, pending, dialogue=each.asking.script.dialogue.id)
         each.num_pending += 1
 
     def _seed_of(self, each: _Open, token_ids: TokenIds) -> int:
@@ -246,14 +239,9 @@ class Driver:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
 
     def _take_ended(self) -> Iterator[Answered]:
-        events = [event for event in self._events if isinstance(event, TurnEnded)]
-        self._events.clear()
-        for ended in events:
-            pending = self._pending.pop(ended.turn_id)
+        for pending, ended in self._pending.step():
             each, question, variant = pending.each, pending.question, pending.variant
             each.num_pending -= 1
-            if ended.reason in (FinishReason.ERROR, FinishReason.CANCELLED):
-                raise EngineUnavailable(f"dialogue {each.asking.script.dialogue.id}: {ended.error or ended.reason}")
             if question is None or variant is None:
                 each.past.add(ended.usage)
                 each.is_telling = False

@@ -9,21 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from loopserve.detokenizer import Vocabulary
-from loopserve.dialogue import (
-    FinishReason,
-    Message,
-    Mode,
-    QualityContract,
-    SamplingParams,
-    SessionId,
-    TurnEnded,
-    TurnEvent,
-    TurnId,
-    TurnRequest,
-)
+from loopserve.dialogue import Message, Mode, QualityContract, SamplingParams, SessionId, TurnRequest
 from loopserve.engine import Engine
-from loopserve.errors import EngineUnavailable
 from loopserve.evaluation.items import Dialogue, Turn
+from loopserve.evaluation.turns import Turns
 from loopserve.transcripts import TokenHistory
 
 
@@ -68,8 +57,7 @@ def with_own_answers(
     Steps the engine on the caller's thread. Raises EngineUnavailable naming the dialogue that failed.
     """
     history = TokenHistory(engine.tokenizer, Vocabulary(engine.tokenizer), max_sessions=concurrency)
-    events: list[TurnEvent] = []
-    running: dict[TurnId, _Telling] = {}
+    running: Turns[_Telling] = Turns(engine)
     waiting = deque(_Telling(dialogue) for dialogue in dialogues)
 
     def ask(telling: _Telling) -> None:
@@ -80,8 +68,7 @@ def with_own_answers(
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
             contract=QualityContract(mode=Mode.EXACT),
         )
-        (turn_id,) = engine.submit(request, events.extend)
-        running[turn_id] = telling
+        running.submit(request, telling, dialogue=telling.dialogue.id)
 
     while waiting or running:
         while waiting and len(running) < concurrency:
@@ -90,15 +77,8 @@ def with_own_answers(
                 yield telling.dialogue
             else:
                 ask(telling)
-        if running and not engine.step() and not events:
-            raise EngineUnavailable("the engine has nothing to compute, but turns have not ended")
-        ended = [event for event in events if isinstance(event, TurnEnded)]
-        events.clear()
-        for event in ended:
-            telling = running.pop(event.turn_id)
-            if event.reason in (FinishReason.ERROR, FinishReason.CANCELLED):
-                raise EngineUnavailable(f"dialogue {telling.dialogue.id}: {event.error or event.reason}")
-            telling.answered(str(engine.tokenizer.decode(list(event.token_ids), skip_special_tokens=True)))
+        for telling, ended in running.step():
+            telling.answered(str(engine.tokenizer.decode(list(ended.token_ids), skip_special_tokens=True)))
             if not telling.is_told:
                 ask(telling)
                 continue

@@ -15,6 +15,7 @@ from loopserve.evaluation.outcomes import DRAWS, Estimate, Outcome, VariantKey, 
 from loopserve.evaluation.page import make_page
 from loopserve.evaluation.plots import NUM_COLOURS, Line, Point, line_chart
 from loopserve.evaluation.tables import findings, make_tables
+from loopserve.evaluation.tasks import PASTS
 from loopserve.evaluation.variants import REFERENCE
 
 RESULTS, MARKDOWN, HTML = "results.json", "report.md", "report.html"
@@ -84,9 +85,6 @@ def as_html(report: Report) -> str:
     )
 
 
-_PASTS = {"reference": "the reference answers", "own": "the model's own answers"}
-
-
 def _title(report: Report) -> str:
     return f"{report.settings['model']} under sparse attention: {', '.join(report.settings['tasks'])}"
 
@@ -98,7 +96,7 @@ def _facts(report: Report) -> list[str]:
     facts = [
         f"N = {tokens:.0f} tokens, mean of the prompts; {settings['num_dialogues']} dialogues, {asked} questions for each variant. "
         f"Split {settings['split']}, seed {settings['seed']}, greedy, answers of at most {settings['max_tokens']} tokens, "
-        f"{settings['dtype']}. The past holds {_PASTS[settings.get('past', 'reference')]}.",
+        f"{settings['dtype']}. The past holds {PASTS[settings.get('past', 'reference')]}.",
         f"{sentence(dict(report.starts[-1]))}."
         + (f" Started {len(report.starts)} times." if len(report.starts) > 1 else ""),
     ]

@@ -12,7 +12,7 @@ from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import FinishReason
 from loopserve.engine import Engine
 from loopserve.errors import ContextLengthExceeded
-from loopserve.evaluation.answers import Answer, AnswerLog, Key
+from loopserve.evaluation.answers import Answer, AnswerLog, Key, cut_broken_line
 from loopserve.evaluation.driver import Answered, Asking, Driver, num_blocks
 from loopserve.evaluation.engines import (
     build_config,
@@ -175,12 +175,9 @@ def _told(plan: _Plan, listener: Listener) -> Sequence[Dialogue]:
 
 
 def _read_told(path: Path) -> Sequence[Dialogue]:
-    """What was told before; a line that was broken off in the middle is dropped."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return read_dialogues(path) if whole else ()
+    """What was told before."""
+    cut_broken_line(path)
+    return read_dialogues(path) if path.exists() and path.stat().st_size else ()
 
 
 def _tokens_told(dialogue: Dialogue, loaded: LoadedModel, max_tokens: int) -> int:

@@ -18,7 +18,7 @@ from loopserve.evaluation.public_sets import PUBLIC_SETS, load_public
 
 ASKS = ("probes", "all")
 OWN = "own"
-PASTS = ("reference", OWN)
+PASTS = {"reference": "the reference answers", OWN: "the model's own answers"}  # what a past may hold, in words
 SPLITS = (Split.VALIDATION, Split.TEST)
 
 
@@ -37,7 +37,7 @@ class Wanted:
     seed: int = 1
     split: str = Split.VALIDATION
     ask: str = ASKS[0]
-    past: str = PASTS[0]
+    past: str = next(iter(PASTS))
 
     def __post_init__(self) -> None:
         if not self.tasks:
