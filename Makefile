@@ -33,6 +33,7 @@ test: $(STAMP) ## set up if needed, then lint, types and tests
 	@echo "ruff format --check"; $(BIN)/ruff format --check .
 	@echo "mypy --strict";       $(BIN)/mypy
 	@echo "pytest";              $(BIN)/python -m pytest
+	@echo "pytest, kernels interpreted"; TRITON_INTERPRET=1 LOOPSERVE_KERNELS=kernel $(BIN)/python -m pytest tests/kernels
 
 test-slow: $(STAMP) ## the tests that take longer than a minute each
 	@$(BIN)/python -m pytest -m slow

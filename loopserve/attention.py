@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from transformers import AttentionInterface
 
-from loopserve.config import PrefillSparsity
+from loopserve.config import DecodeSparsity, PrefillSparsity
 from loopserve.dialogue import TurnId
 from loopserve.kernels.paged_decode import paged_decode
 from loopserve.kernels.store_kv import store_kv
 from loopserve.kernels.store_sketch import store_sketch
 from loopserve.kv.store import KVStore
+from loopserve.methods import DECODE_RULES
 from loopserve.plan import CaptureOrder, SegmentQuality, SparseDecode, SparsePrefill
 from loopserve.sparsity import PREFILL_METHODS
+from loopserve.sparsity.by_sketch import RankedRows, attend_ranked
 from loopserve.sparsity.decode import TurnSelection
 from loopserve.sparsity.prefill import attend
 
@@ -100,6 +102,16 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class RankedGroup:
+    """Decode rows that rank all tokens by sketches, each for itself; what they read is never known to the host."""
+
+    rows: slice
+    ranked: RankedRows
+    turn_rows: torch.Tensor  # int64 [R], of the turn table
+    config: DecodeSparsity
+
+
+@dataclass(frozen=True, slots=True)
 class SparseDecodeRow:
     """One decode row with a token selection."""
 
@@ -108,6 +120,15 @@ class SparseDecodeRow:
     selection: TurnSelection
     order: SparseDecode
     measured: Measured
+
+
+@dataclass(frozen=True, slots=True)
+class SummedRows:
+    """Decode rows whose values are added to their turns' sums when they are stored."""
+
+    rows: slice
+    turn_rows: torch.Tensor  # int64 [R]
+    sums: torch.Tensor  # float32 [turn rows, L, Hkv, D]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +149,18 @@ class PrefillRows:
 class AttentionPlan:
     """All that a layer needs to know of one step. The packed rows are laid out in this order, without gaps:
 
-    |<- run_groups ->|<- decode_groups ->|<- sparse_decodes, a row each ->|<- prefills ->|
+    |<- run_groups ->|<- decode_groups ->|<- ranked_groups ->|<- sparse_decodes, a row each ->|<- prefills ->|
+                                         |<------------------- summed ------------------------>|
     """
 
     store: KVStore
     write_slots: torch.Tensor  # int64 [T]: where each row's key and value go
     run_groups: Sequence[RunGroup]
     decode_groups: Sequence[DecodeGroup]
+    ranked_groups: Sequence[RankedGroup]
     sparse_decodes: Sequence[SparseDecodeRow]
     prefills: Sequence[PrefillRows]
+    summed: SummedRows | None
     prefill_config: PrefillSparsity
     dense_layers: frozenset[int]
 
@@ -161,11 +185,15 @@ def plan_attention(
     store_kv(keys, values, key_pool, value_pool, plan.write_slots)
     if plan.store.sketches:
         store_sketch(keys, plan.store.sketches[layer], plan.write_slots)
+    if plan.summed is not None:
+        new = values[plan.summed.rows].float()
+        plan.summed.sums[:, layer].index_add_(0, plan.summed.turn_rows, new)
 
     pieces = _run_decodes(queries, plan, key_pool, value_pool, scale=scaling)
     for group in plan.decode_groups:
         rows = queries[group.rows]
         pieces.append(paged_decode(rows, key_pool, value_pool, group.slots, group.valid, scale=scaling))
+    pieces.extend(_ranked_decode(queries, plan, group, layer, scale=scaling) for group in plan.ranked_groups)
     pieces.extend(_sparse_decode(queries, plan, decode, layer, scale=scaling) for decode in plan.sparse_decodes)
     pieces.extend(_prefill(queries[prefill.rows], plan, prefill, layer, scale=scaling) for prefill in plan.prefills)
     output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)  # [T, H, D]
@@ -201,6 +229,29 @@ def _run_decodes(
     return pieces
 
 
+def _ranked_decode(
+    queries: torch.Tensor, plan: AttentionPlan, group: RankedGroup, layer: int, *, scale: float
+) -> torch.Tensor:
+    query, ranked = queries[group.rows], group.ranked
+    key_pool, value_pool = plan.store.keys[layer], plan.store.values[layer]
+    if layer in plan.dense_layers:
+        valid = torch.arange(ranked.slots.shape[1], device=query.device) < ranked.lengths[:, None]
+        return paged_decode(query, key_pool, value_pool, ranked.slots[:, None], valid[:, None], scale=scale)
+    mean_value = None
+    if plan.summed is not None and DECODE_RULES[group.config.method].estimates_left_out(group.config):
+        mean_value = plan.summed.sums[group.turn_rows, layer] / ranked.lengths[:, None, None]
+    return attend_ranked(
+        query,
+        key_pool,
+        value_pool,
+        plan.store.sketches[layer],
+        ranked,
+        mean_value=mean_value,
+        config=group.config,
+        scale=scale,
+    )
+
+
 def _sparse_decode(
     queries: torch.Tensor, plan: AttentionPlan, decode: SparseDecodeRow, layer: int, *, scale: float
 ) -> torch.Tensor:
@@ -228,7 +279,6 @@ def _sparse_decode(
     if order.dense:
         return paged_decode(query, key_pool, value_pool, slots[None, None], None, scale=scale)
     decode.selection.note_read(layer, query, key_pool, slots, scale=scale)
-    decode.selection.note_values(layer, value_pool, slots)
     columns, valid = decode.selection.kept_columns(layer, num_tokens)
     kept_slots = slots[columns].unsqueeze(0)  # [1, Hs, M]
     return paged_decode(
@@ -238,7 +288,7 @@ def _sparse_decode(
         kept_slots,
         None if valid is None else valid[None],
         scale=scale,
-        left_out=decode.selection.left_out(layer),
+        left_out=decode.selection.left_out(layer, num_tokens),
     )
 
 
@@ -267,11 +317,10 @@ def _capture(
     selection = prefill.selection
     assert selection is not None, "a captured chunk has a selection"
     positions = torch.arange(prefill.start, prefill.start + queries.shape[0], device=queries.device)
-    key_pool, slots = plan.store.keys[layer], prefill.context.slots
+    key_pool, value_pool, slots = plan.store.keys[layer], plan.store.values[layer], prefill.context.slots
     selection.observe(layer, queries, positions, key_pool, slots, scale=scale)
     if order.choose:
-        selection.choose(layer, key_pool, slots, budget_tokens=order.budget_tokens, scale=scale)
-        selection.note_values(layer, plan.store.values[layer], slots)
+        selection.choose(layer, key_pool, value_pool, slots, budget_tokens=order.budget_tokens, scale=scale)
 
 
 def _sparse_prefill(

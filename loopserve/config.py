@@ -21,6 +21,10 @@ def _check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_threshold(phase: str, tokens: int | None) -> None:
+    _check(tokens is None or tokens >= 0, f"{phase}.auto_min_context_tokens is {tokens}; it must not be negative")
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillSparsity:
     """Phase 1: which lines a chunk of new rows computes, per query head."""
@@ -39,7 +43,7 @@ class PrefillSparsity:
     fixed_diagonals: int = 6096  # ... as MInference falls back on; its own numbers come from a search
     fixed_at_tokens: int = 32_768  # shorter contexts read in proportion, longer ones no more
     dense_head_share: float = 0.9  # a head whose lines cover more of its cells than this is computed dense, and counted
-    auto_min_context_tokens: int = 32_768  # `auto` is dense below: on a CPU sparse loses up to 16,384 at least
+    auto_min_context_tokens: int | None = None  # `auto` is dense below; None: as `crossover.py` has it for the device
 
     def __post_init__(self) -> None:
         _check(
@@ -63,6 +67,7 @@ class PrefillSparsity:
             self.tile_tokens > 0 and self.sink_tokens >= 0 and self.local_tokens >= 0,
             "prefill token counts must not be negative",
         )
+        _check_threshold("prefill", self.auto_min_context_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class DecodeSparsity:
     coverage_alpha: float | None = None  # keep only as many of the B as hold this share of the scored weight
     dense_layers: tuple[int, ...] = ()  # layers that always read everything, in both phases
     rectify: bool = True  # re-prefill the last answer with the next prompt if it was decoded sparse
-    auto_min_context_tokens: int = 32_768  # `auto` is dense below: on a CPU sparse loses up to 16,384 at least
+    auto_min_context_tokens: int | None = None  # `auto` is dense below; None: as `crossover.py` has it for the device
 
     def __post_init__(self) -> None:
         _check(self.budget_floor_tokens >= 1, "decode.budget_floor_tokens must be at least 1")
@@ -109,6 +114,7 @@ class DecodeSparsity:
             self.coverage_alpha is None or 0.0 < self.coverage_alpha <= 1.0,
             "decode.coverage_alpha is a share in (0, 1]",
         )
+        _check_threshold("decode", self.auto_min_context_tokens)
 
     @property
     def budget_rungs(self) -> tuple[int, ...]:
@@ -151,6 +157,8 @@ class EngineConfig:
     decode: DecodeSparsity = field(default_factory=DecodeSparsity)
     default_mode: str = "auto"
     default_min_coverage: float | None = None
+    cuda_graphs: bool = True  # on CUDA, decode steps of like shape are captured once and replayed
+    crossover_file: str = ""  # where sparse pays, by `loopserve bench --tune`; asked before the table that ships
 
     def __post_init__(self) -> None:
         _check(

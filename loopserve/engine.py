@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from loopserve.admission import Limits, check_request
 from loopserve.config import BLOCK_TOKENS, EngineConfig
+from loopserve.crossover import Place, find_crossover
 from loopserve.dialogue import FinishReason, SessionId, TurnEnded, TurnEvent, TurnId, TurnRequest
 from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, Overloaded
 from loopserve.kv.cache import KVCache
-from loopserve.loading import LoadedModel, load_model
+from loopserve.loading import LoadedModel, device_name, load_model
 from loopserve.memory import memory_stats
 from loopserve.methods import DECODE_RULES, PREFILL_RULES
 from loopserve.plan import BlockId
@@ -65,6 +66,7 @@ class Engine:
         """Load the model, unless it is given, and allocate the KV pool. Raises ConfigError and UnsupportedModel."""
         _check_methods(config)
         loaded = load_model(config) if loaded is None else loaded
+        config = _with_thresholds(config, loaded)
         num_blocks = num_pool_blocks(loaded, config)
         self._block_bytes = bytes_a_block(loaded, config)
         self._config = config
@@ -236,7 +238,7 @@ class Engine:
         if plan is None:
             return False
         self._step_began_s = self._clock()
-        result = self._runner.run(plan)
+        result = self._runner.launch(plan).result()
         with self._work:
             self._scheduler.apply(plan, result)
             stats = self._scheduler.step_stats(plan, duration_s=self._clock() - self._step_began_s)
@@ -381,3 +383,10 @@ def _check_methods(config: EngineConfig) -> None:
     ):
         if name not in known:
             raise ConfigError(f"{kind}.method is {name!r}; known are {', '.join(sorted(known))}.")
+
+
+def _with_thresholds(config: EngineConfig, loaded: LoadedModel) -> EngineConfig:
+    """The settings with what a table says of this device where they say nothing: from which length on `auto` is sparse."""
+    found = find_crossover(config, Place(device_name(loaded.device), loaded.device.type, loaded.shape))
+    _log.info("%s", found.sentence(config))
+    return found.applied_to(config)

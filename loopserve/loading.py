@@ -5,6 +5,7 @@ Floor 4 beside attention: needs the socket's name. Knows nothing about turns or 
 
 import hashlib
 import json
+import platform
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -124,6 +125,21 @@ def shipped_model_dir() -> Path:
     if not (path / "config.json").is_file():
         raise ConfigError(f"The shipped model is missing from {path}; reinstall, or name a model.")
     return path
+
+
+def device_name(device: torch.device) -> str:
+    """The name under which numbers measured on a device are kept: as CUDA has it, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _device(wanted: str) -> torch.device:

@@ -101,6 +101,12 @@ class DecodeRule:
         by_sketch = self.scores is Scores.KEYS and config.scoring == "sketch" and config.scoring_rows == 1
         return config.left_out == "mean" and by_sketch and self.chooses_every_step(config)
 
+    def ranks_by_sketch(self, config: DecodeSparsity) -> bool:
+        """Whether each output reads the heaviest tokens by the sketches' weights under its own query, and nothing is kept in between."""
+        is_plain = config.scoring_rows == config.pooling_tokens == 1 and config.coverage_alpha is None
+        by_sketch = self.name == "progressive" and config.scoring == "sketch"
+        return is_plain and by_sketch and self.chooses_every_step(config)
+
     def layout(self, num_columns: int, budget_tokens: int, config: DecodeSparsity) -> Layout:
         """What a choice at `num_columns` tokens keeps of them."""
         if self.page_tokens > 1:

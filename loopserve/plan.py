@@ -18,6 +18,7 @@ from loopserve.dialogue import PositionLogprobs, SamplingParams, TokenId, TurnId
 
 BlockId = NewType("BlockId", int)
 
+PENDING_TOKEN = TokenId(-1)  # the turn's last step draws it; known to the device alone so far
 NULL_BLOCK = BlockId(0)  # never allocated; padded slot indices point into it
 
 

@@ -22,19 +22,26 @@ class TurnPolicy:
     budget_tokens: int | None  # None: the engine's budget in force
     prefill: PrefillSparsity  # the engine's, with the turn's method
     decode: DecodeSparsity  # the engine's, with the turn's method
+    prefill_min_context_tokens: int  # `auto` computes shorter contexts dense
+    decode_min_context_tokens: int
 
     @classmethod
     def resolve(cls, contract: QualityContract, config: EngineConfig) -> "TurnPolicy":
-        """Fill the contract's gaps from the configuration."""
+        """Fill the contract's gaps from the configuration, whose thresholds the engine has filled in (`Found.applied_to`)."""
         mode = contract.mode
         if mode is Mode.AUTO:  # what the engine does when nobody asks for anything
             mode = Mode(config.default_mode)
+        prefill_from, decode_from = config.prefill.auto_min_context_tokens, config.decode.auto_min_context_tokens
+        assert prefill_from is not None, "the engine fills in where sparse prefill pays"
+        assert decode_from is not None, "the engine fills in where sparse decode pays"
         return cls(
             mode=mode,
             min_coverage=config.default_min_coverage if contract.min_coverage is None else contract.min_coverage,
             budget_tokens=contract.budget_tokens,
             prefill=replace(config.prefill, method=contract.prefill_method or config.prefill.method),
             decode=replace(config.decode, method=contract.decode_method or config.decode.method),
+            prefill_min_context_tokens=prefill_from,
+            decode_min_context_tokens=decode_from,
         )
 
     def prefill_is_sparse(self, context_tokens: int) -> bool:
@@ -42,7 +49,7 @@ class TurnPolicy:
         if PREFILL_RULES[self.prefill.method].is_dense:
             return False
         if self.mode is Mode.AUTO:
-            return context_tokens >= self.prefill.auto_min_context_tokens
+            return context_tokens >= self.prefill_min_context_tokens
         return self.mode is Mode.SPARSE
 
     def decode_is_sparse(self, context_tokens: int, *, budget_tokens: int) -> bool:
@@ -51,7 +58,7 @@ class TurnPolicy:
             return False
         if self.mode is Mode.AUTO:
             reads_all = num_kept_tokens(context_tokens, context_tokens, budget_tokens, self.decode) >= context_tokens
-            return context_tokens >= self.decode.auto_min_context_tokens and not reads_all
+            return context_tokens >= self.decode_min_context_tokens and not reads_all
         return self.mode is Mode.SPARSE
 
 

@@ -43,24 +43,40 @@ class Draw:
     logprobs: PositionLogprobs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PendingDraws:
+    """What was drawn, on the device that may still be drawing it."""
+
+    token_ids: Tensor  # int64 [R]
+    orders: tuple[SampleOrder, ...]
+    raw: "_RawLogprobs | None"
+
+    def result(self) -> tuple[Draw, ...]:
+        """Wait for it: one device-to-host copy for the whole batch."""
+        return _to_host(self.token_ids, self.raw, self.orders)
+
+
 def sample(logits: Tensor, orders: Sequence[SampleOrder]) -> tuple[Draw, ...]:
-    """Draw one token a row, with one device-to-host copy for the whole batch.
+    """Draw one token a row and wait for them; see `draw`."""
+    return draw(logits, orders).result()
+
+
+def draw(logits: Tensor, orders: Sequence[SampleOrder]) -> PendingDraws:
+    """Draw one token a row, without waiting for the device.
 
     `logits` is `[R, V]`, any float dtype, and is not modified; `orders[r]` says how row r is drawn. Every token id in the orders must be
     below V: the engine refuses others at submission.
     """
     assert logits.ndim == 2 and logits.shape[0] == len(orders), "one order a row"
-    if not orders:
-        return ()
     touched = [_is_processed(order) for order in orders]
     if not any(touched) and all(_is_greedy(o.params) and o.params.top_logprobs is None for o in orders):
-        return tuple(Draw(token_id) for token_id in logits.argmax(dim=-1).tolist())
+        return PendingDraws(logits.argmax(dim=-1), tuple(orders), None)
     scores = logits.to(torch.float32, copy=any(touched))
     raw_logprobs = _raw_logprobs(scores, orders)
     for row, order in enumerate(orders):
         if touched[row]:
             _process(scores[row], order)
-    return _to_host(_choose(scores, orders), raw_logprobs, orders)
+    return PendingDraws(_choose(scores, orders), tuple(orders), raw_logprobs)
 
 
 def _is_greedy(params: SamplingParams) -> bool:

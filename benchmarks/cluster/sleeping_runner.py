@@ -26,6 +26,7 @@ from loopserve.engine import Engine
 from loopserve.loading import LoadedModel, shipped_model_dir
 from loopserve.plan import BlockId, SampledToken, Segment, StepPlan, StepResult
 from loopserve.reads import num_kept_tokens
+from loopserve.runner import Finished
 from loopserve.stats import StatsSink
 
 FACTORY = "benchmarks.cluster.sleeping_runner:sleeping_backend"
@@ -125,6 +126,10 @@ class SleepingRunner:
                 if segment.sample is not None
             )
         )
+
+    def launch(self, plan: StepPlan) -> Finished:
+        """See `run`."""
+        return Finished(self.run(plan))
 
     def erase(self, blocks: Sequence[BlockId]) -> None:
         """There is nothing in them."""

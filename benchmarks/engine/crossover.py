@@ -1,8 +1,9 @@
-"""From which context length on sparse attention is faster than dense, for each phase: what `auto_min_context_tokens` is set by.
+"""From which context length on sparse attention is faster than dense, for each phase, at several settings and without a limit of time.
 
-One conversation grows to the longest context. At every length on the way, a chunk of new rows is computed over it, and an answer
-decoded, dense and sparse in turns, by the runner itself: no scheduler, no other conversations. Both start from the same KV, computed
-exactly. A sparse answer's time has its choices and coverage measurements in it. Knows nothing about quality: see `quality/run.py`.
+The measurement is that of `loopserve bench --tune`, which fills the table that `auto` decides by. One conversation grows to the longest
+context. At every length on the way, a chunk of new rows is computed over it, and an answer decoded, dense and sparse in turns, by the
+runner itself: no scheduler, no other conversations. Both start from the same KV, computed exactly. A sparse answer's time has its choices
+and coverage measurements in it. Knows nothing about quality: see `quality/run.py`.
 
 How many cells sparse prefill computes depends on how peaked attention is, so every number stands beside that share: a random model,
 some of whose tokens are made heavy for all queries, shows the cost at a share, the shipped one (`--shipped`) how a trained model attends.
@@ -13,125 +14,29 @@ some of whose tokens are made heavy for all queries, shows the cost at a share, 
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.engine.conversation import Conversation
 from benchmarks.engine.random_model import ModelSize, build_weights, loaded_model, model_flags, num_parameters
 from benchmarks.machine import describe_machine, require_quiet, usable_cores
 from benchmarks.report import RESULTS, Table, settings_of, write_result
-from loopserve.config import DecodeSparsity, EngineConfig, PrefillSparsity
-from loopserve.evaluation.dialogues import TASKS, Split, make_dialogues
-from loopserve.loading import LoadedModel, load_model
-from loopserve.plan import SparsePrefill, StepResult
-from loopserve.reads import num_kept_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """One chunk over one context, dense and sparse."""
-
-    context_tokens: int
-    alpha: float
-    dense_s: tuple[float, ...]
-    sparse_s: tuple[float, ...]
-    cells_share: float  # of the causal cells that sparse computed
-    dense_heads: int  # of layers x heads, that fell back
-    coverage: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """One answer over one context, dense and sparse; seconds are means over the answer's steps."""
-
-    context_tokens: int
-    budget_tokens: int
-    dense_s: tuple[float, ...]
-    sparse_s: tuple[float, ...]
-    kept_tokens: int  # at the first step
-    coverage: float | None
-
-
-def measure_prefill(
-    conversation: Conversation, context_tokens: int, *, chunk: int, alpha: float, pairs: int
-) -> Prefill:
-    """Dense and sparse in turns, after one of each that is not counted. Leaves the chunk's positions sparse."""
-    dense_s, sparse_s, results = [], [], []
-    end = context_tokens + chunk
-    for index in range(pairs + 1):
-        dense, _ = conversation.chunk(context_tokens, end, sparse=None)
-        sparse, result = conversation.chunk(
-            context_tokens, end, sparse=SparsePrefill("lines", alpha=alpha, min_coverage=None, seed=index)
-        )
-        if index:
-            dense_s.append(dense)
-            sparse_s.append(sparse)
-            results.append(result.quality[0])
-    computed, total = sum(q.cells_computed for q in results), sum(q.cells_total for q in results)
-    return Prefill(
-        context_tokens=context_tokens,
-        alpha=alpha,
-        dense_s=tuple(dense_s),
-        sparse_s=tuple(sparse_s),
-        cells_share=computed / total,
-        dense_heads=results[-1].dense_heads,
-        coverage=_coverage([StepResult((), (quality,)) for quality in results]),
-    )
-
-
-def measure_decode(
-    conversation: Conversation,
-    context_tokens: int,
-    *,
-    steps: int,
-    budget_tokens: int,
-    pairs: int,
-    config: DecodeSparsity,
-) -> Decode:
-    """Dense and sparse in turns, after one short answer of each that is not counted."""
-    dense_s, sparse_s, results = [], [], []
-    for index in range(pairs + 1):
-        num_steps = steps if index else min(steps, 2)
-        dense, _ = conversation.answer(context_tokens, num_steps, budget_tokens=None)
-        sparse, found = conversation.answer(context_tokens, num_steps, budget_tokens=budget_tokens)
-        if index:
-            dense_s.append(dense)
-            sparse_s.append(sparse)
-            results += found
-    return Decode(
-        context_tokens=context_tokens,
-        budget_tokens=budget_tokens,
-        dense_s=tuple(dense_s),
-        sparse_s=tuple(sparse_s),
-        kept_tokens=num_kept_tokens(context_tokens + 1, context_tokens + 1, budget_tokens, config),
-        coverage=_coverage(results),
-    )
-
-
-def _coverage(results: Sequence[StepResult]) -> float | None:
-    qualities = [quality for result in results for quality in result.quality]
-    count = sum(quality.coverage_count for quality in qualities)
-    return sum(quality.coverage_sum for quality in qualities) / count if count else None
-
-
-def speedup(dense_s: Sequence[float], sparse_s: Sequence[float]) -> float:
-    """Median over pairs of how many times dense takes as long as sparse."""
-    return statistics.median(dense / sparse for dense, sparse in zip(dense_s, sparse_s, strict=True))
-
-
-def crossover(points: Sequence[Prefill | Decode]) -> int | None:
-    """The smallest measured context from which on sparse is faster at every longer one too; None if there is none."""
-    found = None
-    for point in sorted(points, key=lambda point: point.context_tokens, reverse=True):
-        if speedup(point.dense_s, point.sparse_s) <= 1.0:
-            break
-        found = point.context_tokens
-    return found
+from loopserve.config import EngineConfig, PrefillSparsity
+from loopserve.loading import load_model
+from loopserve.tuning import (
+    Conversation,
+    Decode,
+    Prefill,
+    dialogue_ids,
+    first_that_pays,
+    measure_decode,
+    measure_prefill,
+    random_ids,
+    speedup,
+)
 
 
 def run_benchmark(args: argparse.Namespace) -> str:
@@ -157,14 +62,13 @@ def run_benchmark(args: argparse.Namespace) -> str:
         weights = build_weights(size, seed=args.seed)
         loaded, model = loaded_model(size, weights), f"random, {num_parameters(weights) / 1e6:.1f} million parameters"
         tokens = f"random tokens, scores spread by {args.verticals:g} over the keys alike for all queries"
-        rng = random.Random(args.seed)
-        ids = [rng.randrange(size.vocab) for _ in range(num_tokens)]
+        ids = random_ids(size.vocab, num_tokens, seed=args.seed)
     if num_tokens > loaded.max_positions:
         raise SystemExit(
             f"The model takes {loaded.max_positions} positions, {num_tokens} are needed: shorten --contexts."
         )
     budgets = sorted({*args.budgets, config.decode.budget_tokens})
-    conversation = Conversation(loaded, config, ids, scattered=args.scattered)
+    conversation = Conversation(loaded, config, ids, rows=args.rows, scattered=args.scattered)
     prefills: list[Prefill] = []
     decodes: list[Decode] = []
     done = 0
@@ -183,7 +87,8 @@ def run_benchmark(args: argparse.Namespace) -> str:
                 )
             )
         for alpha in args.alphas:
-            prefills.append(measure_prefill(conversation, context, chunk=args.chunk, alpha=alpha, pairs=args.pairs))
+            prefill = replace(config.prefill, alpha=alpha)
+            prefills.append(measure_prefill(conversation, context, chunk=args.chunk, config=prefill, pairs=args.pairs))
         print(f"{context}: measured", flush=True)
     found = verdicts(prefills, decodes)
     print("\n".join(found), flush=True)
@@ -195,17 +100,17 @@ def run_benchmark(args: argparse.Namespace) -> str:
         numbers={
             "forced": args.force,
             "settings": settings_of(args),
-            "prefill": [{**asdict(p), "speedup": speedup(p.dense_s, p.sparse_s)} for p in prefills],
-            "decode": [{**asdict(d), "speedup": speedup(d.dense_s, d.sparse_s)} for d in decodes],
+            "prefill": [{**asdict(p), "speedup": speedup(p)} for p in prefills],
+            "decode": [{**asdict(d), "speedup": speedup(d)} for d in decodes],
             "verdicts": found,
         },
         tables=[prefill_table(prefills, args.chunk), decode_table(decodes)],
         notes=[
             f"Model: {model}, {loaded.num_layers} layers, {loaded.num_heads} query heads over {loaded.num_kv_heads} KV heads "
             f"of {loaded.head_dim}, {tokens}.",
-            f"One conversation at a time, its blocks {'scattered' if args.scattered else 'in a row'}; medians of {args.pairs} "
-            f"pairs, dense and sparse in turns. Decode: mean of {args.steps} steps, {config.decode.method}, choices and "
-            "coverage measurements included.",
+            f"One conversation, its blocks {'scattered' if args.scattered else 'in a row'}, in decode {args.rows} times side by side; "
+            f"medians of {args.pairs} pairs, dense and sparse in turns. Decode: mean of {args.steps} steps, {config.decode.method}, "
+            "choices and coverage measurements included.",
             *found,
             *(["FORCED on a machine that was not quiet: not to be published."] if args.force else []),
         ],
@@ -224,33 +129,14 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     )
 
 
-def dialogue_ids(loaded: LoadedModel, num_tokens: int, *, seed: int) -> list[int]:
-    """Made dialogues, rendered one after the other, until there are enough tokens."""
-    ids: list[int] = []
-
-    def count(text: str) -> int:
-        return len(loaded.tokenizer.encode(text, add_special_tokens=False)) + 2
-
-    num = -(-num_tokens // 256)
-    for dialogue in make_dialogues(TASKS, split=Split.TEST, num=num, tokens=1024, seed=seed, count_tokens=count):
-        pairs = ((("user", turn.user), ("assistant", turn.answer)) for turn in dialogue.turns)
-        messages = [{"role": role, "content": text} for pair in pairs for role, text in pair]
-        ids += loaded.tokenizer(
-            loaded.tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False
-        )["input_ids"]
-        if len(ids) >= num_tokens:
-            return ids[:num_tokens]
-    raise ValueError(f"the dialogues have {len(ids)} tokens, {num_tokens} are needed")
-
-
 def verdicts(prefills: Sequence[Prefill], decodes: Sequence[Decode]) -> list[str]:
     """One sentence for each phase and setting: from where on sparse is faster."""
     sentences = []
     for alpha in sorted({point.alpha for point in prefills}, reverse=True):
-        found = crossover([point for point in prefills if point.alpha == alpha])
+        found = first_that_pays([point for point in prefills if point.alpha == alpha])
         sentences.append(f"prefill, alpha {alpha:g}: sparse is {_from(found)}.")
     for budget in sorted({point.budget_tokens for point in decodes}):
-        found = crossover([point for point in decodes if point.budget_tokens == budget])
+        found = first_that_pays([point for point in decodes if point.budget_tokens == budget])
         sentences.append(f"decode, B {budget}: sparse is {_from(found)}.")
     return sentences
 
@@ -270,7 +156,7 @@ def prefill_table(points: Sequence[Prefill], chunk: int) -> Table:
             f"{p.alpha:g}",
             f"{1e3 * statistics.median(p.dense_s):.1f}",
             f"{1e3 * statistics.median(p.sparse_s):.1f}",
-            f"{speedup(p.dense_s, p.sparse_s):.2f}",
+            f"{speedup(p):.2f}",
             f"{p.cells_share:.1%}",
             str(p.dense_heads),
             "" if p.coverage is None else f"{p.coverage:.3f}",
@@ -290,7 +176,7 @@ def decode_table(points: Sequence[Decode]) -> Table:
             str(d.kept_tokens),
             f"{1e3 * statistics.median(d.dense_s):.2f}",
             f"{1e3 * statistics.median(d.sparse_s):.2f}",
-            f"{speedup(d.dense_s, d.sparse_s):.2f}",
+            f"{speedup(d):.2f}",
             "" if d.coverage is None else f"{d.coverage:.3f}",
         )
         for d in points
@@ -304,6 +190,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--chunk", type=int, default=PrefillSparsity().chunk_tokens, help="new tokens in prefill")
     parser.add_argument("--steps", type=int, default=32, help="decode steps of an answer")
+    parser.add_argument("--rows", type=int, default=1, help="of decode, side by side")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--alphas", type=float, nargs="+", default=[PrefillSparsity().alpha])
     parser.add_argument("--budgets", type=int, nargs="*", default=[1024], help="beside the engine's default")

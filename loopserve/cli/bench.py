@@ -1,4 +1,7 @@
-"""`loopserve bench`: options to a load, a progress bar while it runs, tables and JSON at its end. The load itself is `loopserve/bench/`."""
+"""`loopserve bench`: options to a load, a progress bar while it runs, tables and JSON at its end. The load itself is `loopserve/bench/`.
+
+With `--tune` there is no load and no server: it measures this device, see `loopserve/cli/tune.py`.
+"""
 
 import asyncio
 import json
@@ -34,16 +37,22 @@ from loopserve.bench import (
 from loopserve.bench.workload import CONCURRENCY_MAX
 from loopserve.cli.bench_tables import tables
 from loopserve.cli.dialogue_file import read_dialogues
+from loopserve.cli.tune import OUT, run_tuning
 from loopserve.errors import InvalidRequest
 
 DIALOGUES = 100
 _TOKENS_PER_WORD = 1.3  # English words in the vocabularies of large models; where a server reports no usage
+_WITH_TUNE = ("tune", "model", "seconds", "seed")  # options that mean something to both
+_TUNE_ONLY = ("device", "contexts", "rows", "out")
 _SHAPES = "N, uniform:A..B, exponential:MEAN[..MAX] or lognormal:MEDIAN,SIGMA[..MAX]"
 
 
 def bench(
+    context: typer.Context,
     url: Annotated[str, typer.Option(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
-    model: Annotated[str, typer.Option(help="Model id; the server's first where not given.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Model id; the server's first where not given. With --tune: hub id or directory.")
+    ] = "",
     api_key: Annotated[
         str | None, typer.Option(envvar="LOOPSERVE_API_KEY", help="Sent as a bearer token.", show_envvar=True)
     ] = None,
@@ -65,7 +74,9 @@ def bench(
     rate: Annotated[
         float | None, typer.Option(help="Dialogues begun per second, at random times; not more are held than -c says.")
     ] = None,
-    seconds: Annotated[float | None, typer.Option(help="Send no turn after this time.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Send no turn after this time. With --tune: its limit, 300 if not given.")
+    ] = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that turns have to end when the time is over.")] = 10.0,
     turns: Annotated[str, typer.Option(help=f"Turns of a dialogue: {_SHAPES}.")] = "6",
     input_tokens: Annotated[str, typer.Option("--input", help="New tokens a turn, likewise.")] = "100",
@@ -89,8 +100,29 @@ def bench(
         int | None, typer.Option(help="Of all that is drawn; new in every run if not given, so that no cache knows it.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here as well.")] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="No load: measure from which length on sparse attention pays here, and write the engine's table.",
+        ),
+    ] = False,
+    device: Annotated[str, typer.Option(help="--tune: auto, cpu or cuda; auto if not given.")] = "",
+    contexts: Annotated[
+        str, typer.Option(help="--tune: lengths, by comma; doubling from 2048 to the longest that fits if not given.")
+    ] = "",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="--tune: turns that decode side by side; 4 if not given.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="--tune: the table; entries for other devices and models in it stay.")
+    ] = OUT,
 ) -> None:
     """Hold many dialogues at once with any OpenAI server, and tell how it went. Ctrl-C ends it and tells what there is."""
+    _check_options(context, tune=tune)
+    if tune:
+        run_tuning(model=model, device=device, contexts=contexts, rows=rows, seconds=seconds, seed=seed, out=out)
+        return
     if dialogues is not None and system != "0":
         raise InvalidRequest(
             "--system does not go with --dialogues: the file has its own system prompts", param="system"
@@ -131,11 +163,22 @@ def bench(
     if json_file is not None:
         record = {**asdict(report), "endpoint": _told(endpoint), "workload": _described(workload)}
         json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    out = Console()
+    console = Console()
     for table in tables(report):
-        out.print(table)
+        console.print(table)
     if report.turns.answered == 0 or report.turns.failed:
         raise typer.Exit(1)
+
+
+def _check_options(context: typer.Context, *, tune: bool) -> None:
+    """Raise InvalidRequest for an option that would be without effect."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    lost = [name for name in given if (name not in (*_WITH_TUNE, *_TUNE_ONLY) if tune else name in _TUNE_ONLY)]
+    if lost:
+        option = "--" + lost[0].removesuffix("_file").replace("_", "-")
+        means = "of a load, which --tune does not send" if tune else "of --tune"
+        raise InvalidRequest(f"{option} is an option {means}", param=lost[0])
 
 
 def _fields(body: str) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from loopserve.loading import device_name
+
 
 def describe_machine(device: torch.device, *, now: datetime | None = None) -> dict[str, str]:
     """This machine and these versions, as a reader wants them; `now` is the start's date."""
     return {
         "date": (datetime.now(UTC) if now is None else now).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "device": device_name(device),
         "cores": f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "python": platform.python_version(),
@@ -30,16 +32,6 @@ def sentence(machine: dict[str, str]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "loopserve"))
     place = ", ".join(machine[name] for name in ("device", "cores", "memory"))
     return f"{place}; {versions} at {machine['commit']}; {machine['date']}"
-
-
-def cpu_model() -> str:
-    """The processor's name, as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _commit(folder: Path) -> str:

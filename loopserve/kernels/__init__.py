@@ -7,9 +7,11 @@ rows, H query heads, Hkv KV heads, G = H // Hkv query heads of one KV head, D he
 layer; slot = block * BLOCK_TOKENS + offset. Query head h reads KV head h // G.
 """
 
+from loopserve.kernels.coverage_threshold import coverage_threshold
 from loopserve.kernels.line_scores import line_scores
 from loopserve.kernels.paged_decode import LeftOut, paged_decode
 from loopserve.kernels.sketch import KeySketch
+from loopserve.kernels.sketch_log_sum import sketch_log_sum
 from loopserve.kernels.sketch_scores import SketchScores, sketch_scores
 from loopserve.kernels.sparse_prefill import sparse_prefill
 from loopserve.kernels.store_kv import store_kv
@@ -20,8 +22,10 @@ __all__ = [
     "KeySketch",
     "LeftOut",
     "SketchScores",
+    "coverage_threshold",
     "line_scores",
     "paged_decode",
+    "sketch_log_sum",
     "sketch_scores",
     "sparse_prefill",
     "store_kv",

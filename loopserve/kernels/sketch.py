@@ -37,3 +37,19 @@ def sign_bytes(head_dim: int) -> int:
 def sketch_bytes(head_dim: int) -> int:
     """Bytes that the sketch of one key takes."""
     return sign_bytes(head_dim) + SCALE_DTYPE.itemsize
+
+
+def check_sketch(query: Tensor, sketch: KeySketch) -> None:
+    """Assert that rows [R, H, D] can be weighed by a sketch."""
+    assert query.dim() == 3 and sketch.signs.dtype == torch.uint8, "queries [R, H, D], signs in bytes"
+    assert sketch.signs.shape[2] == sign_bytes(query.shape[2]), "head dims differ"
+    assert sketch.signs.shape[:2] == sketch.scales.shape, "a scale for every slot and head"
+    assert query.shape[1] % sketch.signs.shape[1] == 0, "query heads are no multiple of KV heads"
+
+
+def sketched_keys(sketch: KeySketch, slots: Tensor, *, head: int, head_dim: int) -> Tensor:
+    """What the sketches of one KV head stand for, float32: slots int64 [N] -> [N, D]. For the references: signs through a table."""
+    byte = torch.arange(256, device=slots.device)[:, None]
+    table = ((byte >> torch.arange(8, device=slots.device)) & 1).float() * 2 - 1  # [256, 8]
+    signs = table[sketch.signs[:, head].index_select(0, slots).long()].flatten(1)[:, :head_dim]
+    return signs * sketch.scales[:, head].index_select(0, slots).float()[:, None]

@@ -28,8 +28,5 @@ class AShape:
         num_heads, device = mass.shape[0], mass.device
         num_sinks = 0 if alpha >= 1.0 else min(config.sink_tokens, grid.num_columns)
         tiles = local_diagonals(grid, config.local_tokens, device) | (alpha >= 1.0)
-        return LineSelection(
-            tiles.expand(num_heads, -1),
-            torch.arange(num_sinks, device=device).expand(num_heads, -1),
-            torch.full((num_heads,), num_sinks, dtype=torch.int64, device=device),
-        )
+        verticals = torch.arange(grid.num_columns, device=device) < num_sinks
+        return LineSelection(tiles.expand(num_heads, -1), verticals.expand(num_heads, -1))

@@ -68,9 +68,11 @@ class TurnSelection:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        value_sums: Tensor | None = None,
     ) -> None:
+        """`value_sums` float32 [L, Hkv, D]: where the caller adds up the values of all tokens once a choice has begun it; see `choose`."""
         assert num_heads % num_kv_heads == 0, "query heads are no multiple of KV heads"
-        self._config = config
+        self.config = config
         self._method = method
         self._num_heads = num_heads
         self._num_lists = num_kv_heads if config.select_per == "kv_head" else num_heads
@@ -85,8 +87,7 @@ class TurnSelection:
         self._choices: list[_Choice | None] = [None] * num_layers
         self._accumulated: list[Tensor | None] = [None] * num_layers  # summed weights, float32 [Hs, N so far]
         self._left_out: list[Tensor | None] = [None] * num_layers  # log of the weight that is not read, float32 [1, H]
-        self._value_sums = torch.zeros((num_layers, num_kv_heads, head_dim), device=device)
-        self._num_valued = [0] * num_layers  # columns that the sums hold
+        self._value_sums = value_sums
 
     def observe(
         self, layer: int, query: Tensor, positions: Tensor, key_pool: Tensor, slots: Tensor, *, scale: float
@@ -113,9 +114,16 @@ class TurnSelection:
                 ring[: new.shape[0] - head] = new[head:]
         self._num_recorded[layer] += num_new
 
-    def choose(self, layer: int, key_pool: Tensor, slots: Tensor, *, budget_tokens: int, scale: float) -> None:
-        """Choose what a layer reads of its N = len(slots) columns, at the end of the prefill. key_pool [S, Hkv, D], slots int64 [N]."""
+    def choose(
+        self, layer: int, key_pool: Tensor, value_pool: Tensor, slots: Tensor, *, budget_tokens: int, scale: float
+    ) -> None:
+        """Choose what a layer reads of its N = len(slots) columns, at the end of the prefill. Pools [S, Hkv, D], slots int64 [N].
+
+        Begins the layer's sum of values, where their mean is wanted; whoever stores a later token adds that one's.
+        """
         self._choose(layer, self._observation(layer, key_pool, slots, budget_tokens=budget_tokens, scale=scale))
+        if self._value_sums is not None and self._method.rule.estimates_left_out(self.config):
+            self._value_sums[layer] = value_pool[slots].sum(dim=0, dtype=torch.float32)
 
     def refresh(
         self,
@@ -137,9 +145,9 @@ class TurnSelection:
         instead of them; one that lasts longer than the step takes the keys where they are all read to measure.
         """
         seen = self._observation(layer, key_pool, slots, budget_tokens=budget_tokens, scale=scale)
-        num_new = min(self._num_recorded[layer] - self._num_measured[layer], self._config.scoring_rows)
-        if choose and self._method.rule.chooses_every_step(self._config):
-            if sketch is not None and self._method.rule.estimates_left_out(self._config):
+        num_new = min(self._num_recorded[layer] - self._num_measured[layer], self.config.scoring_rows)
+        if choose and self._method.rule.chooses_every_step(self.config):
+            if sketch is not None and self._method.rule.estimates_left_out(self.config):
                 self._choose_and_weigh(layer, seen, sketch)
             else:
                 self._choose(layer, replace(seen, sketch=sketch))
@@ -155,19 +163,13 @@ class TurnSelection:
             self._choose(layer, seen)
         return coverage
 
-    def note_values(self, layer: int, value_pool: Tensor, slots: Tensor) -> None:
-        """Add up the values of the columns that are new, where their mean is wanted. value_pool [S, Hkv, D], slots int64 [N]."""
-        if self._method.rule.estimates_left_out(self._config):
-            new = slots[self._num_valued[layer] :]
-            self._value_sums[layer] += value_pool[new].float().sum(dim=0)
-            self._num_valued[layer] = slots.shape[0]
-
-    def left_out(self, layer: int) -> LeftOut | None:
-        """What stands for the columns that a layer does not read; None where nobody weighed them. Values must have been noted."""
+    def left_out(self, layer: int, num_tokens: int) -> LeftOut | None:
+        """What stands for those of `num_tokens` columns that a layer does not read; None where nobody weighed them."""
         log_weight = self._left_out[layer]
         if log_weight is None:
             return None
-        return LeftOut(log_weight, (self._value_sums[layer] / self._num_valued[layer])[None])
+        assert self._value_sums is not None, "a mean is wanted, but nobody adds up values"
+        return LeftOut(log_weight, (self._value_sums[layer] / num_tokens)[None])
 
     def note_read(self, layer: int, query: Tensor, key_pool: Tensor, slots: Tensor, *, scale: float) -> None:
         """Add up the weights that a decode row [1, H, D] gave to the tokens that it read, where the method wants them."""
@@ -204,7 +206,7 @@ class TurnSelection:
             [(newest - back) % rows for back in range(num_kept)], dtype=torch.int64, device=slots.device
         )
         return Observation(
-            layout=self._method.rule.layout(slots.shape[0], budget_tokens, self._config),
+            layout=self._method.rule.layout(slots.shape[0], budget_tokens, self.config),
             queries=self._queries[layer].index_select(0, ring),
             positions=self._positions[layer].index_select(0, ring),
             key_pool=key_pool,
@@ -216,17 +218,21 @@ class TurnSelection:
 
     def _choose_and_weigh(self, layer: int, seen: Observation, sketch: KeySketch) -> None:
         """Choose by the newest query's sketch scores, and keep how much weight they give to all that is left out."""
-        weights, log_sum = sketch_scores(seen.queries[:1], sketch, seen.slots, seen.positions[:1], scale=seen.scale)
+        lengths = seen.positions[:1] + 1
+        by_sketch = sketch_scores(
+            seen.queries[:1], sketch, seen.slots[None], lengths, num_lists=self._num_heads, scale=seen.scale
+        )
+        weights = by_sketch.weights[0]  # [H, N]
         self._choose(layer, replace(seen, sketch=sketch, scored=weights, num_scored=1))
         choice = self._choices[layer]
         assert choice is not None, "it was made just now"
         share = (1.0 - self._held_weight(weights, choice)).clamp(min=0.0)  # rounding may exceed
-        self._left_out[layer] = (log_sum + share.log())[None]
+        self._left_out[layer] = by_sketch.log_sum + share.log()[None]
 
     def _choose(self, layer: int, seen: Observation) -> None:
         self._left_out[layer] = None
         sparse = self._sparse_layers
-        choice = self._method.choose(seen, config=self._config, layer=sparse.index(layer), num_layers=len(sparse))
+        choice = self._method.choose(seen, config=self.config, layer=sparse.index(layer), num_layers=len(sparse))
         num_sinks = seen.layout.num_sinks
         sinks = torch.arange(num_sinks, device=seen.slots.device).expand(self._num_lists, -1)
         valid = choice.valid

@@ -43,7 +43,7 @@ class DenseDecode:
 
 def every_tile(grid: TileGrid, num_heads: int, device: torch.device) -> LineSelection:
     """All tiles and no columns, for every head."""
-    none = torch.zeros(num_heads, dtype=torch.int64, device=device)
     return LineSelection(
-        torch.ones((num_heads, grid.num_diagonals), dtype=torch.bool, device=device), none[:, None][:, :0], none
+        torch.ones((num_heads, grid.num_diagonals), dtype=torch.bool, device=device),
+        torch.zeros((num_heads, grid.num_columns), dtype=torch.bool, device=device),
     )

@@ -46,11 +46,8 @@ class FixedLines:
         offsets = offset_mass(mass, num_columns)
         offsets[:, :_FORCED_DIAGONALS] = torch.inf
         offsets = offsets.topk(_count(config.fixed_diagonals, _LEAST_DIAGONALS, num_columns, config), dim=1).indices
-        return LineSelection(
-            tiles_of(offsets, grid),
-            columns,
-            torch.full((num_heads,), columns.shape[1], dtype=torch.int64, device=mass.device),
-        )
+        verticals = torch.zeros((num_heads, num_columns), dtype=torch.bool, device=mass.device)
+        return LineSelection(tiles_of(offsets, grid), verticals.scatter_(1, columns, True))
 
 
 def offset_mass(mass: Tensor, num_columns: int) -> Tensor:

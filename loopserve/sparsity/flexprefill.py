@@ -32,7 +32,7 @@ class FlexPrefill:
     def choose(
         self, mass: Tensor, *, start: int, num_rows: int, alpha: float, config: PrefillSparsity
     ) -> LineSelection:
-        """See `PrefillMethod.choose`. Synchronises with the host once, for the largest number of columns of any head."""
+        """See `PrefillMethod.choose`."""
         grid = TileGrid(start, num_rows, config.tile_tokens)
         if alpha >= 1.0:
             return every_tile(grid, mass.shape[0], mass.device)

@@ -3,8 +3,7 @@
 The grid is aligned to the chunk's first row and is drawn in `loopserve.kernels.sparse_prefill`. Here key tiles count from 0
 at the oldest, so that tile-diagonal t of query tile q is key tile q + P - t. Knows nothing about how lines are chosen.
 
-Letters: H query heads, Q query tiles, K key tiles, P past key tiles (K = P + Q), T tile-diagonals (T = K), N columns, C
-listed columns.
+Letters: H query heads, Q query tiles, K key tiles, P past key tiles (K = P + Q), T tile-diagonals (T = K), N columns.
 """
 
 from dataclasses import dataclass
@@ -56,11 +55,12 @@ class TileGrid:
         query_tile = torch.arange(self.num_query_tiles, device=device)[:, None]
         return query_tile + self.num_past_tiles - torch.arange(self.num_diagonals, device=device)
 
-    def tile_mass(self, mass: Tensor) -> Tensor:
-        """Sum [H, Q, N] weights inside each key tile: [H, Q, K]."""
+    def per_key_tile(self, per_column: Tensor) -> Tensor:
+        """Sum [..., N] inside each key tile: [..., K]."""
         front = self.num_past_tiles * self.tile_tokens - self.start
         back = self.num_query_tiles * self.tile_tokens - self.num_rows
-        return pad(mass, (front, back)).view(*mass.shape[:2], self.num_diagonals, self.tile_tokens).sum(dim=3)
+        padded = pad(per_column, (front, back))
+        return padded.view(*per_column.shape[:-1], self.num_diagonals, self.tile_tokens).sum(dim=-1)
 
     def along_diagonals(self, per_tile: Tensor) -> Tensor:
         """Sum [..., Q, K] over the tiles of each tile-diagonal: [..., T]."""
@@ -88,47 +88,47 @@ class TileGrid:
 
 @dataclass(frozen=True, slots=True)
 class LineSelection:
-    """The lines that each head computes in one chunk."""
+    """The lines that each head computes in one chunk. Where a column crosses a tile, it counts once."""
 
     tiles: Tensor  # bool [H, T], chosen tile-diagonals
-    columns: Tensor  # int64 [H, C], chosen verticals, distinct; head h uses the first column_counts[h]
-    column_counts: Tensor  # int64 [H]
+    verticals: Tensor  # bool [H, N], chosen columns
 
     def with_dense_heads(self, dense: Tensor) -> "LineSelection":
-        """The same selection, in which the heads marked in bool [H] read every tile."""
-        return LineSelection(self.tiles | dense[:, None], self.columns, self.column_counts.masked_fill(dense, 0))
+        """The same selection, in which the heads marked in bool [H] read every tile and nothing else."""
+        return LineSelection(self.tiles | dense[:, None], self.verticals & ~dense[:, None])
 
     def held_mass(self, mass: Tensor, grid: TileGrid) -> Tensor:
-        """Weight of `mass` [H, Q, N] that the selection reads, [H]; crossings count once."""
-        read_tiles = self._read_tiles(grid)  # [H, Q, K]
-        in_tiles = (grid.tile_mass(mass) * read_tiles).sum(dim=(1, 2))
-        listed = self.columns[:, None].expand(-1, mass.shape[1], -1)  # [H, Q, C]
-        return in_tiles + (mass.gather(2, listed) * self._listed_alone(read_tiles, grid)).sum(dim=(1, 2))
+        """Weight of `mass` [H, Q, N] that the selection reads, [H]."""
+        in_columns = grid.per_key_tile(mass.masked_fill(~self.verticals[:, None], 0.0))  # [H, Q, K]
+        return torch.where(self._read_tiles(grid), grid.per_key_tile(mass), in_columns).sum(dim=(1, 2))
 
     def num_cells(self, grid: TileGrid, *, dense_last_rows: int) -> Tensor:
         """Exact number of causal cells that `sparse_prefill` reads for each head, int64 [H]."""
         device = self.tiles.device
-        read_tiles = self._read_tiles(grid)
-        in_tiles = (grid.tile_cells(device, dense_last_rows=dense_last_rows) * read_tiles).sum(dim=(1, 2))
-        first, last = (b[:, None] for b in grid.row_bounds(device, dense_last_rows=dense_last_rows))  # [Q, 1]
-        first_reader = torch.maximum(
-            self.columns[:, None] - grid.start, first
-        )  # [H, Q, C]: a row reads no later column
-        in_columns = ((last - first_reader).clamp(min=0) * self._listed_alone(read_tiles, grid)).sum(dim=(1, 2))
+        in_tiles = grid.tile_cells(device, dense_last_rows=dense_last_rows)  # [Q, K]
+        in_columns = self._column_cells(grid, dense_last_rows=dense_last_rows)  # [H, Q, K]
         num_dense = min(dense_last_rows, grid.num_rows)
         in_dense_rows = num_dense * grid.num_columns - num_dense * (num_dense - 1) // 2
-        return in_tiles + in_columns + in_dense_rows
+        return torch.where(self._read_tiles(grid), in_tiles, in_columns).sum(dim=(1, 2)) + in_dense_rows
 
     def _read_tiles(self, grid: TileGrid) -> Tensor:
         """Tiles on chosen diagonals, bool [H, Q, K]."""
         diagonal = grid.diagonal(self.tiles.device)
         return self.tiles[:, diagonal.clamp(min=0)] & (diagonal >= 0)
 
-    def _listed_alone(self, read_tiles: Tensor, grid: TileGrid) -> Tensor:
-        """Where a used column lies outside the chosen tiles, bool [H, Q, C]."""
-        used = torch.arange(self.columns.shape[1], device=self.columns.device) < self.column_counts[:, None]  # [H, C]
-        tile = grid.key_tile(self.columns)[:, None].expand(-1, read_tiles.shape[1], -1)  # [H, Q, C]
-        return used[:, None] & ~read_tiles.gather(2, tile)
+    def _column_cells(self, grid: TileGrid, *, dense_last_rows: int) -> Tensor:
+        """Causal cells of the chosen columns in each tile, int64 [H, Q, K], without the last `dense_last_rows` rows."""
+        device = self.verticals.device
+        first, last = grid.row_bounds(device, dense_last_rows=dense_last_rows)  # [Q]
+        diagonal = grid.diagonal(device)
+        past = (
+            grid.per_key_tile(self.verticals)[:, None] * (last - first)[:, None]
+        )  # every row of a later tile reads it
+        # In its own tile, a column is read by the rows from it on.
+        own_row = torch.arange(grid.num_columns, device=device) - grid.start
+        readers = (last[own_row.div(grid.tile_tokens, rounding_mode="floor").clamp(min=0)] - own_row).clamp(min=0)
+        own = grid.per_key_tile(self.verticals * readers)[:, None]
+        return torch.where(diagonal > 0, past, torch.where(diagonal == 0, own, 0))
 
 
 def local_diagonals(grid: TileGrid, local_tokens: int, device: torch.device) -> Tensor:

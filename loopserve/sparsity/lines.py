@@ -1,13 +1,15 @@
 """The "lines" prefill method: slash tiles and vertical columns per query head, until they hold a share alpha of the sampled weight.
 
 Source: phase 1 of arXiv 2507.13681, which adds lines greedily until their union holds alpha; choosing the least lines is a set
-cover. A greedy that goes line by line cannot run on a device, so the union is reached in three batched steps (`_union`).
+cover. A greedy that goes line by line cannot run on a device, so the union is reached in three batched steps (`_union`), none of which
+waits for the device.
 """
 
 import torch
 from torch import Tensor
 
 from loopserve.config import PrefillSparsity
+from loopserve.kernels import coverage_threshold
 from loopserve.sparsity.dense import every_tile
 from loopserve.sparsity.grid import LineSelection, TileGrid, local_diagonals
 from loopserve.sparsity.prefill import Mass
@@ -27,7 +29,7 @@ class Lines:
     def choose(
         self, mass: Tensor, *, start: int, num_rows: int, alpha: float, config: PrefillSparsity
     ) -> LineSelection:
-        """See `PrefillMethod.choose`. Synchronises with the host once, for C, the largest number of columns of any head."""
+        """See `PrefillMethod.choose`."""
         grid = TileGrid(start, num_rows, config.tile_tokens)
         num_heads, device = mass.shape[0], mass.device
         if alpha >= 1.0:
@@ -48,8 +50,7 @@ def _union(mass: Tensor, grid: TileGrid, *, alpha: float, num_sinks: int, local:
     """
     target = alpha * mass.sum(dim=(1, 2))  # [H]
     vertical = _vertical_mass(mass)  # [H, N]
-    by_weight = vertical.sort(dim=1, descending=True).values
-    tau = by_weight.gather(1, (_num_until(by_weight, alpha * vertical.sum(dim=1)) - 1).clamp(min=0)[:, None])  # [H, 1]
+    tau = coverage_threshold(vertical, alpha * vertical.sum(dim=1))[:, None]  # [H, 1]
     held_anyway = vertical.masked_fill(vertical < tau, 0.0) / mass.shape[1]  # by verticals, in each query tile
     added = (mass - _CHANCE * held_anyway[:, None]).clamp(min=0.0)
     tiles = best_tiles(mass, added, grid, target=target, local=local, least_gain=tau)
@@ -76,9 +77,9 @@ def best_tiles(
     Gain is the part of a diagonal's weight in `added` for each column's worth (num_rows) of cells that it computes, so that it
     compares with a column's weight.
     """
-    weight = grid.along_diagonals(grid.tile_mass(mass))  # [H, T]
+    weight = grid.along_diagonals(grid.per_key_tile(mass))  # [H, T]
     cells = grid.along_diagonals(grid.tile_cells(mass.device))
-    gain = grid.along_diagonals(grid.tile_mass(added)) * grid.num_rows / cells
+    gain = grid.along_diagonals(grid.per_key_tile(added)) * grid.num_rows / cells
     order = gain.masked_fill(local, torch.inf).argsort(dim=1, descending=True)
     num_needed = _num_until(weight.gather(1, order), target)
     needed = torch.arange(grid.num_diagonals, device=mass.device) < num_needed[:, None]
@@ -97,11 +98,11 @@ def _outside(mass: Tensor, tiles: Tensor, grid: TileGrid) -> Tensor:
 
 def with_columns(weight: Tensor, missing: Tensor, tiles: Tensor, num_sinks: int) -> LineSelection:
     """Add the sinks, then columns by `weight` [H, N], heaviest first, until `missing` [H] is held."""
-    rank = weight.clone()
-    rank[:, :num_sinks] = torch.inf
-    columns = rank.argsort(dim=1, descending=True)
-    counts = _num_until(weight.gather(1, columns), missing).clamp(min=num_sinks)
-    return LineSelection(tiles, columns[:, : int(counts.max())], counts)
+    others = weight.clone()
+    others[:, :num_sinks] = 0.0
+    verticals = others >= coverage_threshold(others, missing - weight[:, :num_sinks].sum(dim=1))[:, None]
+    verticals[:, :num_sinks] = True
+    return LineSelection(tiles, verticals)
 
 
 def _num_until(weights: Tensor, target: Tensor) -> Tensor:

@@ -36,8 +36,11 @@ class Observation:
         if self.scored is not None and self.num_scored == num_rows:
             return self.scored
         if self.sketch is not None:
-            queries, positions = self.queries[:num_rows], self.positions[:num_rows]
-            return sketch_scores(queries, self.sketch, self.slots, positions, scale=self.scale).weights
+            queries, lengths = self.queries[:num_rows], self.positions[:num_rows] + 1
+            slots = self.slots.expand(len(queries), -1)
+            num_heads = queries.shape[1]
+            by_row = sketch_scores(queries, self.sketch, slots, lengths, num_lists=num_heads, scale=self.scale)
+            return by_row.weights.sum(dim=0)
         first = 0 if self.scored is None or self.num_scored > num_rows else self.num_scored
         rows = slice(first, num_rows)
         weights = token_scores(self.queries[rows], self.key_pool, self.slots, self.positions[rows], scale=self.scale)

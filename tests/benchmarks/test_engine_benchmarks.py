@@ -9,7 +9,6 @@ import torch
 
 from benchmarks import machine
 from benchmarks.engine import crossover, peers
-from benchmarks.engine.conversation import Conversation
 from benchmarks.engine.pairs import Agreement, Pairs, check_complete, compare, measure, parting_gap
 from benchmarks.engine.random_model import ModelSize, build_weights, loaded_model, stock_model
 from benchmarks.engine.sides import (
@@ -23,7 +22,9 @@ from benchmarks.engine.sides import (
 )
 from loopserve.config import EngineConfig
 from loopserve.engine import Engine
+from loopserve.methods import DECODE_RULES
 from loopserve.plan import SparsePrefill
+from loopserve.tuning import Conversation
 
 SIZE = ModelSize(hidden=64, layers=2, intermediate=96, vocab=256, heads=4, kv_heads=2, positions=1024)
 WORKLOAD = Workload(dialogues=3, turns=3, prompt_tokens=19, answer_tokens=6)
@@ -194,8 +195,9 @@ def test_a_chunk_over_everything_has_the_cells_of_causal_attention(weights):
     assert quality.cells_computed == quality.cells_total == SIZE.layers * SIZE.heads * (64 * 96 + 64 * 65 // 2)
 
 
-def test_a_sparse_answer_chooses_before_its_first_step_and_measures_at_the_next_choice(weights):
+def test_a_sparse_answer_is_measured_when_a_scheduler_would_have_it_measured(weights):
     config = crossover.engine_config(_crossover_args())
+    config = replace(config, decode=replace(config.decode, measure_outputs=4))
     ids = make_prompts(Workload(1, 1, 160, 1), vocab=SIZE.vocab, seed=1)[0][0]
     conversation = Conversation(loaded_model(SIZE, weights), config, ids, scattered=False)
     conversation.extend(0, 128)
@@ -203,17 +205,8 @@ def test_a_sparse_answer_chooses_before_its_first_step_and_measures_at_the_next_
     assert [result.quality for result in dense] == [()] * 10
     _, sparse = conversation.answer(128, 10, budget_tokens=64)
     measured_at = [step for step, result in enumerate(sparse, 1) if result.quality[0].coverage_count]
-    due = [step for step in range(1, 11) if config.decode.refresh_due(step)]
-    assert measured_at == due != []
-
-
-def test_the_crossover_is_where_sparse_wins_for_good():
-    def point(context, speedup):
-        return crossover.Decode(context, 64, (speedup,), (1.0,), 64, None)
-
-    assert crossover.crossover([point(512, 0.9), point(1024, 1.1), point(2048, 1.2)]) == 1024
-    assert crossover.crossover([point(512, 1.5), point(1024, 0.9), point(2048, 1.2)]) == 2048
-    assert crossover.crossover([point(512, 1.5), point(1024, 0.9)]) is None
+    rule = DECODE_RULES[config.decode.method]
+    assert measured_at == [step for step in range(1, 11) if rule.measurement_due(step, config.decode)] == [4, 8]
 
 
 def test_crossover_writes_a_verdict_for_each_phase(tmp_path):

@@ -17,6 +17,7 @@ from loopserve.engine import Engine
 from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel
 from loopserve.plan import NULL_BLOCK, SampledToken, Segment, SegmentQuality, StepPlan, StepResult
+from loopserve.runner import Finished
 from loopserve.stats import StepStats, TurnStats
 from loopserve.turn import Turn
 
@@ -112,6 +113,10 @@ class FakeDevice:
             if segment.prefill is not None or segment.decode is not None:
                 quality.append(self._measured(segment, last.digest))
         return StepResult(tokens=tuple(tokens), quality=tuple(quality))
+
+    def launch(self, plan: StepPlan) -> Finished:
+        """See `run`."""
+        return Finished(self.run(plan))
 
     def erase(self, blocks: Sequence[int]) -> None:
         """Forget what lies in blocks that nobody holds."""

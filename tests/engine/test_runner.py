@@ -11,19 +11,19 @@ from loopserve.attention import RunGroup
 from loopserve.config import EngineConfig
 from loopserve.dialogue import SamplingParams, SessionId, TurnEnded, TurnRequest
 from loopserve.engine import Engine
-from loopserve.runner import _equally_spaced
+from loopserve.layout import equally_spaced
 
 
 @given(st.sets(st.integers(0, 60), max_size=12))
 def test_equally_spaced_parts_hold_every_number_once(starts):
-    parts = _equally_spaced(sorted(starts))
+    parts = equally_spaced(sorted(starts))
     assert sorted(number for part in parts for number in part) == sorted(starts)
     for part in parts:
         assert len({b - a for a, b in itertools.pairwise(part)}) <= 1
 
 
 def test_numbers_at_one_distance_are_one_part():
-    assert _equally_spaced([16, 1040, 2064, 3088]) == [[16, 1040, 2064, 3088]]
+    assert equally_spaced([16, 1040, 2064, 3088]) == [[16, 1040, 2064, 3088]]
 
 
 def test_run_group_views_each_context_where_it_lies():

@@ -3,12 +3,19 @@
 Tolerances, everywhere: float32 may differ from float64 by the rounding of sums over some hundred terms of size about 1, so 1e-5.
 A bfloat16 output has 8 bits of significand, so it is rounded by up to 2**-9 of its size, here at most 4; inside, weights are rounded to
 bfloat16 once more before they meet the values. 3e-2 leaves room for both and is far below any wrong row or column, which errs by about 1.
+float16 has 11 bits, three more: 4e-3.
 """
 
 import torch
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def logits(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Scores of one row's heads [H, D] over keys [n, Hkv, D], float64 [H, n]."""
+    per_head = keys.repeat_interleave(query.shape[0] // keys.shape[1], dim=1).double()  # [n, H, D]
+    return torch.einsum("hd,nhd->hn", query.double(), per_head) * scale
 
 
 def weights(query: Tensor, keys: Tensor, read: Tensor, scale: float) -> Tensor:

@@ -43,6 +43,7 @@ def new_selection(
         DECODE_METHODS[method],
         device="cpu",
         dtype=torch.float32,
+        value_sums=torch.full((num_layers, num_kv_heads, HEAD_DIM), torch.nan),  # begun by a choice
     )
 
 
@@ -58,6 +59,19 @@ def refresh(
 ) -> Tensor | None:
     return selection.refresh(
         layer, context.key_pool, context.slots[:num_columns], budget_tokens=budget_tokens, scale=SCALE
+    )
+
+
+def choose(
+    selection: TurnSelection, context: Context, num_columns: int, budget_tokens: int = 16, layer: int = 0
+) -> None:
+    selection.choose(
+        layer,
+        context.key_pool,
+        context.value_pool,
+        context.slots[:num_columns],
+        budget_tokens=budget_tokens,
+        scale=SCALE,
     )
 
 
@@ -105,7 +119,7 @@ def test_what_is_always_kept_is_and_the_rest_is_within_the_budget_of_all_layers_
     always = {*range(layout.num_sinks), *range(layout.recent_start, num_columns)}
     for layer in range(3):
         record(selection, context, 0, at_choice, layer)
-        selection.choose(layer, context.key_pool, context.slots[:at_choice], budget_tokens=budget_tokens, scale=SCALE)
+        choose(selection, context, at_choice, budget_tokens=budget_tokens, layer=layer)
         lists += kept(selection, num_columns, layer)
     assert len(lists) == 3 * (num_kv_heads if select_per == "kv_head" else NUM_HEADS)
     for columns in lists:
@@ -201,8 +215,10 @@ def test_where_every_step_chooses_by_sketches_the_choice_is_measured_by_the_keys
     record(selection, context, 50, 51)
     pool, slots = context.key_pool, context.slots[:51]
     coverage = selection.refresh(0, pool, slots, budget_tokens=5, scale=SCALE, sketch=sketch)
-    by_sketch = sketch_scores(context.query[50:51], sketch, slots, torch.tensor([50]), scale=SCALE).weights
-    best = by_sketch[:, 2:45].reshape(NUM_KV_HEADS, -1, 43).sum(dim=1).topk(5, dim=1).indices + 2
+    by_sketch = sketch_scores(
+        context.query[50:51], sketch, slots[None], torch.tensor([51]), num_lists=NUM_KV_HEADS, scale=SCALE
+    ).weights
+    best = by_sketch[0, :, 2:45].topk(5, dim=1).indices + 2
     now = kept(selection, 51)
     assert [set(columns) for columns in now] == [{0, 1, *row, *range(45, 51)} for row in best.tolist()]
     weights = Context(context.query, pool, context.value_pool, slots).weights(context.query[50:51], torch.tensor([50]))
@@ -219,8 +235,7 @@ def chosen_by_sketch(config: DecodeSparsity, *, budget_tokens: int, num_columns:
     store_sketch(context.key_pool[context.slots], sketch, context.slots)
     record(selection, context, 0, num_columns)
     slots = context.slots[:num_columns]
-    selection.note_values(0, context.value_pool, slots[:20])  # as it grows
-    selection.note_values(0, context.value_pool, slots)
+    choose(selection, context, num_columns)
     selection.refresh(
         0, context.key_pool, slots, budget_tokens=budget_tokens, scale=SCALE, measure=False, sketch=sketch
     )
@@ -230,7 +245,7 @@ def chosen_by_sketch(config: DecodeSparsity, *, budget_tokens: int, num_columns:
 def test_what_is_left_out_weighs_what_it_would_have_and_is_taken_for_the_mean_value():
     config = replace(CONFIG, refresh_outputs=1, scoring_rows=1, pooling_tokens=1)
     context, selection = chosen_by_sketch(config, budget_tokens=5)
-    left_out = selection.left_out(0)
+    left_out = selection.left_out(0, 51)
     assert left_out is not None
     group = NUM_HEADS // NUM_KV_HEADS
     for head in range(NUM_HEADS):
@@ -245,7 +260,7 @@ def test_what_is_left_out_weighs_what_it_would_have_and_is_taken_for_the_mean_va
 def test_where_everything_is_read_nothing_is_left_out():
     config = replace(CONFIG, refresh_outputs=1, scoring_rows=1, pooling_tokens=1)
     _, selection = chosen_by_sketch(config, budget_tokens=1000)
-    left_out = selection.left_out(0)
+    left_out = selection.left_out(0, 51)
     assert left_out is not None
     assert (left_out.log_weight < -9).all(), "no more than rounding, beside tokens that weigh about one"
 
@@ -261,7 +276,7 @@ def test_where_everything_is_read_nothing_is_left_out():
 )
 def test_nothing_stands_for_what_nobody_weighed(config: DecodeSparsity):
     _, selection = chosen_by_sketch(config, budget_tokens=5)
-    assert selection.left_out(0) is None
+    assert selection.left_out(0, 51) is None
 
 
 def test_a_choice_at_the_prefills_end_is_the_one_that_a_refresh_would_make_and_nothing_has_used_it_yet():
@@ -269,7 +284,7 @@ def test_a_choice_at_the_prefills_end_is_the_one_that_a_refresh_would_make_and_n
     at_end, later = new_selection(), new_selection()
     for selection in (at_end, later):
         record(selection, context, 0, 50)
-    at_end.choose(0, context.key_pool, context.slots[:50], budget_tokens=9, scale=SCALE)
+    choose(at_end, context, 50, budget_tokens=9)
     refresh(later, context, 50, budget_tokens=9)
     assert kept(at_end, 50) == kept(later, 50)
     assert at_end.refresh(0, context.key_pool, context.slots[:50], budget_tokens=9, scale=SCALE, choose=False) is None

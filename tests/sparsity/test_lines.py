@@ -19,12 +19,13 @@ def read_mask(selection: LineSelection, grid: TileGrid, dense_last_rows: int = 0
     num_heads = len(selection.tiles)
     read = torch.zeros((num_heads, grid.num_rows, grid.num_columns), dtype=torch.bool)
     for head in range(num_heads):
-        verticals = set(selection.columns[head, : selection.column_counts[head]].tolist())
         for row in range(grid.num_rows):
             for column in range(grid.start + row + 1):
                 diagonal = row // grid.tile_tokens - (column - grid.start) // grid.tile_tokens
                 dense = row >= grid.num_rows - dense_last_rows
-                read[head, row, column] = dense or column in verticals or bool(selection.tiles[head, diagonal])
+                read[head, row, column] = (
+                    dense or selection.verticals[head, column] or bool(selection.tiles[head, diagonal])
+                )
     return read
 
 
@@ -73,8 +74,7 @@ def test_a_selection_knows_its_cells_and_its_weight_exactly(
     generator = torch.Generator().manual_seed(seed)
     selection = LineSelection(
         torch.rand((2, grid.num_diagonals), generator=generator) < 0.3,
-        torch.rand((2, grid.num_columns), generator=generator).argsort(dim=1)[:, :5],
-        torch.randint(min(5, grid.num_columns) + 1, (2,), generator=generator),
+        torch.rand((2, grid.num_columns), generator=generator) < 0.2,
     )
     read = read_mask(selection, grid, dense_last_rows)
     assert torch.equal(selection.num_cells(grid, dense_last_rows=dense_last_rows), read.sum(dim=(1, 2)))
@@ -117,7 +117,7 @@ def planted(grid: TileGrid, *, vertical: int, slash: int) -> Tensor:
 def test_a_planted_vertical_is_found_as_one_column():
     grid = TileGrid(start=200, num_rows=64, tile_tokens=8)
     selection = choose(planted(grid, vertical=77, slash=100), grid, alpha=0.85)
-    assert selection.columns[0, : selection.column_counts[0]].tolist() == [77]
+    assert selection.verticals[0].nonzero()[:, 0].tolist() == [77]
     assert not selection.tiles[0].any()
 
 
@@ -125,7 +125,7 @@ def test_a_planted_slash_is_found_as_its_tile_diagonals():
     grid = TileGrid(start=200, num_rows=64, tile_tokens=8)
     selection = choose(planted(grid, vertical=77, slash=100), grid, alpha=0.85)
     assert selection.tiles[1].nonzero()[:, 0].tolist() == [12, 13]  # offset 100 lies between tiles 12 and 13 of 8
-    assert selection.column_counts[1] == 0
+    assert not selection.verticals[1].any()
 
 
 @pytest.mark.parametrize(
@@ -136,14 +136,14 @@ def test_fixed_lines_are_the_last_rows_heaviest_in_fixed_numbers(start: int, num
     weights = random_weights(grid, 3, 4.0)
     selection = choose(weights, grid, "fixed_lines", alpha=0.5)
     num_columns, num_diagonals = wanted
-    assert (selection.column_counts == num_columns).all() and (selection.tiles.sum(dim=1) == num_diagonals).all()
+    assert (selection.verticals.sum(dim=1) == num_columns).all() and (selection.tiles.sum(dim=1) == num_diagonals).all()
     last = weights[:, -64:]
     first_row = grid.num_columns - last.shape[1]
     diagonals = torch.stack(
         [torch.stack([row.diagonal(first_row - offset).sum() for offset in range(grid.num_columns)]) for row in last]
     )
     for found, forced, by_weight in (
-        (torch.zeros(2, grid.num_columns).scatter_(1, selection.columns, 1.0).bool(), 30, last.sum(dim=1)),
+        (selection.verticals, 30, last.sum(dim=1)),
         (selection.tiles, 100, diagonals),
     ):
         assert found[:, :forced].all()
@@ -156,8 +156,8 @@ def test_a_fixed_diagonal_is_read_as_the_tiles_that_it_crosses():
     tiles = tiles_of(torch.tensor([[16, 103, 263]]), grid)
     assert tiles[0].nonzero()[:, 0].tolist() == [2, 12, 13, 32]
     offset = grid.start + torch.arange(grid.num_rows)[:, None] - torch.arange(grid.num_columns)
-    none = torch.zeros((1, 0), dtype=torch.int64)
-    read = read_mask(LineSelection(tiles, none, torch.tensor([0])), grid)[0]
+    none = torch.zeros((1, grid.num_columns), dtype=torch.bool)
+    read = read_mask(LineSelection(tiles, none), grid)[0]
     for each in (16, 103, 263):
         assert read[offset == each].all()
 

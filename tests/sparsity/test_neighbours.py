@@ -131,7 +131,7 @@ def test_h2o_reads_what_survives_by_accumulated_weight(budget: int):
     context, selection = random_context(0, 80, sharpness=3.0), new_selection("h2o", CONFIG)
     record(selection, context, 0, 32)  # a prefill in two chunks
     record(selection, context, 32, prompt)
-    selection.choose(0, context.key_pool, context.slots[:prompt], budget_tokens=budget, scale=SCALE)
+    selection.choose(0, context.key_pool, context.value_pool, context.slots[:prompt], budget_tokens=budget, scale=SCALE)
     expected = heavy_hitters(context, prompt, steps, budget)
     for step in range(steps):
         now = prompt + step + 1
@@ -144,7 +144,7 @@ def test_h2o_reads_what_survives_by_accumulated_weight(budget: int):
 def test_h2o_never_reads_again_what_it_left_out():
     context, selection = random_context(0, 80, sharpness=4.0), new_selection("h2o", CONFIG)
     record(selection, context, 0, 60)
-    selection.choose(0, context.key_pool, context.slots[:60], budget_tokens=20, scale=SCALE)
+    selection.choose(0, context.key_pool, context.value_pool, context.slots[:60], budget_tokens=20, scale=SCALE)
     gone = [set(range(60)) - set(columns) for columns in kept(selection, 60)]
     for now in range(61, 80):
         selection.record(0, context.query[now - 1 : now], torch.tensor([now - 1]))
@@ -178,7 +178,7 @@ def test_quest_reads_the_pages_with_the_largest_bounds_under_the_current_query(n
 def test_streaming_reads_the_newest_and_slides():
     context, selection = random_context(0, 80), new_selection("streaming", CONFIG)
     record(selection, context, 0, 60)
-    selection.choose(0, context.key_pool, context.slots[:60], budget_tokens=10, scale=SCALE)
+    selection.choose(0, context.key_pool, context.value_pool, context.slots[:60], budget_tokens=10, scale=SCALE)
     for now in (61, 70):
         refresh(selection, context, now, budget_tokens=10)
         assert kept(selection, now) == [[0, 1, *range(now - 16, now)]] * NUM_KV_HEADS
@@ -187,7 +187,7 @@ def test_streaming_reads_the_newest_and_slides():
 def test_a_method_that_chooses_at_every_step_is_measured_on_what_the_query_reads():
     context, selection = random_context(0, 90, sharpness=2.0), new_selection("quest", CONFIG)
     record(selection, context, 0, 80)
-    selection.choose(0, context.key_pool, context.slots[:80], budget_tokens=32, scale=SCALE)
+    selection.choose(0, context.key_pool, context.value_pool, context.slots[:80], budget_tokens=32, scale=SCALE)
     for now in (81, 82):
         selection.record(0, context.query[now - 1 : now], torch.tensor([now - 1]))
         coverage = refresh(selection, context, now, budget_tokens=32)

@@ -22,8 +22,7 @@ def sparse_prefill(
     *,
     start: int,
     tiles: Tensor,
-    columns: Tensor,
-    column_counts: Tensor,
+    verticals: Tensor,
     tile_tokens: int,
     dense_last_rows: int,
     scale: float,
@@ -31,10 +30,10 @@ def sparse_prefill(
     """Attend row j of head h on the columns that its lines read; returns [r, H, D] in query's dtype.
 
     query [r, H, D], key_pool and value_pool [S, Hkv, D], all of one floating dtype; row j stands at position start + j; slots int64
-    [N], N = start + r: where column c lies. tiles bool [H, T]: chosen tile-diagonals; columns int64 [H, C], each in [0, N):
-    chosen verticals, of which head h uses the first column_counts[h] (int64 [H]), distinct. Row j of head h reads column c iff
+    [N], N = start + r: where column c lies. tiles bool [H, T]: chosen tile-diagonals; verticals bool [H, N]: chosen columns. Row j of
+    head h reads column c iff
 
-        c <= start + j  and  (tiles[h, t(j, c)]  or  c in columns[h, :column_counts[h]]  or  j >= r - dense_last_rows)
+        c <= start + j  and  (tiles[h, t(j, c)]  or  verticals[h, c]  or  j >= r - dense_last_rows)
 
     and reads it once, however many lines cross there. A row that reads nothing gives zeros. All tiles chosen is dense causal
     attention, to rounding. Softmax accumulates in float32. Mutates nothing. Source: phase 1 of arXiv 2507.13681; lines as in
@@ -47,8 +46,9 @@ def sparse_prefill(
     assert query.dtype == key_pool.dtype == value_pool.dtype, "query, keys and values differ in dtype"
     assert slots.dtype == torch.int64 and slots.shape == (start + num_rows,), "one int64 slot a column"
     assert tiles.dtype == torch.bool and tiles.shape == (num_heads, num_diagonals), "tiles are bool [H, T]"
-    assert columns.dtype == torch.int64 and columns.dim() == 2 and len(columns) == num_heads, "columns are int64 [H, C]"
-    assert column_counts.dtype == torch.int64 and column_counts.shape == (num_heads,), "column_counts are int64 [H]"
+    assert verticals.dtype == torch.bool and verticals.shape == (num_heads, start + num_rows), (
+        "verticals are bool [H, N]"
+    )
     assert dense_last_rows >= 0, "dense_last_rows is a count"
     output: Tensor = implementation("sparse_prefill", query.device.type)(
         query,
@@ -57,8 +57,7 @@ def sparse_prefill(
         slots,
         start=start,
         tiles=tiles,
-        columns=columns,
-        column_counts=column_counts,
+        verticals=verticals,
         tile_tokens=tile_tokens,
         dense_last_rows=dense_last_rows,
         scale=scale,

@@ -19,8 +19,7 @@ def sparse_prefill(
     *,
     start: int,
     tiles: Tensor,
-    columns: Tensor,
-    column_counts: Tensor,
+    verticals: Tensor,
     tile_tokens: int,
     dense_last_rows: int,
     scale: float,
@@ -30,15 +29,12 @@ def sparse_prefill(
     group = num_heads // key_pool.shape[1]
     num_sparse_rows = max(0, num_rows - dense_last_rows)
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    vertical = _column_mask(columns, column_counts, num_columns=slots.shape[0])  # [H, N]
     key_tile = (torch.arange(slots.shape[0], device=slots.device) - start).div(tile_tokens, rounding_mode="floor")
     for first in range(0, num_sparse_rows, tile_tokens):
         last = min(first + tile_tokens, num_sparse_rows)
         end = start + last  # columns from here on lie in the future of every row of this tile
         diagonal = first // tile_tokens - key_tile[:end]
-        read = (
-            tiles.index_select(1, diagonal) | vertical[:, :end]
-        )  # [H, end]: crossings merge here, so nothing counts twice
+        read = tiles.index_select(1, diagonal) | verticals[:, :end]  # [H, end]: a crossing counts once
         for head in range(num_heads):
             listed = read[head].nonzero().squeeze(1)  # [M]
             output[first:last, head] = _attend(
@@ -62,14 +58,6 @@ def sparse_prefill(
                 scale=scale,
             )
     return output
-
-
-def _column_mask(columns: Tensor, column_counts: Tensor, *, num_columns: int) -> Tensor:
-    """Which columns are verticals of which head, bool [H, N]."""
-    used = torch.arange(columns.shape[1], device=columns.device) < column_counts[:, None]  # [H, C]
-    mask = torch.zeros((columns.shape[0], num_columns), dtype=torch.int32, device=columns.device)
-    # Added, not assigned: an unused entry may repeat a used one.
-    return mask.scatter_add_(1, columns.where(used, 0), used.to(torch.int32)) > 0
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, *, positions: Tensor, columns: Tensor, scale: float) -> Tensor:

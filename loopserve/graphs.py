@@ -1,0 +1,231 @@
+"""Decode steps of fixed shapes, captured once and replayed: the host's part of a step is then one copy of a few numbers.
+
+Floor 4 beside attention, whose plan it writes for these steps; used by the runner. Which steps: those whose every segment is one decode
+row that reads everything, or one that ranks tokens by sketches (`loopserve.sparsity.by_sketch`). What differs from step to step lies in
+tensors that never move: the input numbers here, the turn table, the store. A step is padded to the next shape:
+
+    rows     |<- dense ->|<- padding ->|<- ranked ->|<- padding ->|     padding: row 0 of the turn table, one token in the null block
+    columns  as many as the longest context of each kind may have
+
+Knows nothing about scheduling; a `Capture` knows the device.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopserve.attention import AttentionPlan, DecodeGroup, RankedGroup, SummedRows
+from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig
+from loopserve.kv.store import KVStore
+from loopserve.layout import Placed, end_of, is_plain_row, is_ranked, ranked_config
+from loopserve.loading import LoadedModel
+from loopserve.plan import NULL_BLOCK
+from loopserve.sparsity.by_sketch import RankedRows
+from loopserve.turn_table import NO_ROW, TurnTable
+
+Step = Callable[[], Tensor]
+Capture = Callable[
+    [Step], Step
+]  # record what a step does on the device; what it gives does that again, to the same tensors
+
+_log = logging.getLogger(__name__)
+_EAGER_USES = 2  # of a shape before it is captured: these compile its kernels, and a shape that never returns is not worth a capture
+_GRAPHS_MAX = 48  # least recently used ones go; each keeps its own workspace
+_COLUMNS_MIN = 512
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step is padded to."""
+
+    dense_rows: int
+    dense_columns: int
+    ranked_rows: int
+    ranked_columns: int
+    width: int  # tokens that ranked rows rank
+    config: DecodeSparsity | None  # how they choose
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """One shape's input numbers, and how to run it."""
+
+    inputs: Tensor  # int64 [6, rows]: token id, position, write slot, turn row, length, budget
+    num_uses: int = 0
+    replay: Step | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedRows:
+    """What a replayed step gives."""
+
+    placed: tuple[Placed, ...]  # in the order of the rows
+    logits: Tensor  # [rows, V]
+    turn_rows: Tensor  # int64 [rows]
+
+
+class DecodeGraphs:
+    """Runs decode steps by shape: eagerly at first, then as captured. Belongs to one engine thread."""
+
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, store: KVStore, table: TurnTable, capture: Capture
+    ) -> None:
+        self._loaded = loaded
+        self._config = config
+        self._store = store
+        self._table = table
+        self._capture = capture
+        self._prepared: OrderedDict[StepShape, _Prepared] = OrderedDict()
+
+    def shape_of(self, placed: Sequence[Placed]) -> StepShape | None:
+        """The shape that a step is padded to, or None where it is not one of these steps."""
+        ranked = [p for p in placed if is_ranked(p)]
+        dense = [p for p in placed if is_plain_row(p.segment)]
+        configs = {ranked_config(p) for p in ranked}
+        if not placed or len(ranked) + len(dense) < len(placed) or len(configs) > 1:
+            return None
+        return StepShape(
+            dense_rows=_row_bucket(len(dense)),
+            dense_columns=self._column_bucket(dense),
+            ranked_rows=_row_bucket(len(ranked)),
+            ranked_columns=self._column_bucket(ranked),
+            width=self._width(ranked),
+            config=configs.pop() if configs else None,
+        )
+
+    def run(self, placed: Sequence[Placed], shape: StepShape) -> DecodedRows:
+        """Compute one step of that shape. Mutates the store and the turn table as the step says."""
+        dense = [p for p in placed if is_plain_row(p.segment)]
+        ranked = [p for p in placed if not is_plain_row(p.segment)]
+        step = self._step(shape)
+        step.inputs.copy_(self._numbers(dense, ranked, shape), non_blocking=True)
+        logits = step.replay() if step.replay is not None else self._forward(shape, step.inputs)
+        return DecodedRows(
+            placed=(*dense, *ranked),
+            logits=_without_padding(logits, len(dense), len(ranked), shape),
+            turn_rows=_without_padding(step.inputs[3], len(dense), len(ranked), shape),
+        )
+
+    def _step(self, shape: StepShape) -> _Prepared:
+        step = self._prepared.get(shape)
+        if step is None:
+            num_rows = shape.dense_rows + shape.ranked_rows
+            step = _Prepared(torch.zeros((6, num_rows), dtype=torch.int64, device=self._loaded.device))
+            self._prepared[shape] = step
+            if len(self._prepared) > _GRAPHS_MAX:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(shape)
+        step.num_uses += 1
+        if step.replay is None and step.num_uses > _EAGER_USES:
+            # What is captured is not run. The inputs are the last step's: nothing that it computes with them is kept.
+            step.replay = self._capture(lambda: self._forward(shape, step.inputs))
+            _log.info("captured a decode step: %s", shape)
+        return step
+
+    def _numbers(self, dense: Sequence[Placed], ranked: Sequence[Placed], shape: StepShape) -> Tensor:
+        """The step's input numbers on the host, int64 [6, rows]; pinned for CUDA, so that the copy waits for nothing."""
+        nobody = (0, 0, NULL_BLOCK * BLOCK_TOKENS, NO_ROW, 1, 1)
+        rows = [_numbers_of(p) for p in dense]
+        rows += [nobody] * (shape.dense_rows - len(dense))
+        rows += [_numbers_of(p) for p in ranked]
+        rows += [nobody] * (shape.ranked_rows - len(ranked))
+        return torch.tensor(list(zip(*rows, strict=True)), pin_memory=self._loaded.device.type == "cuda")
+
+    def _forward(self, shape: StepShape, inputs: Tensor) -> Tensor:
+        """The whole step on the device, from its input numbers to logits [rows, V]. No value of a tensor comes to the host."""
+        token_ids, positions, write_slots, turn_rows, lengths, budgets = inputs
+        dense, ranked = slice(0, shape.dense_rows), slice(shape.dense_rows, shape.dense_rows + shape.ranked_rows)
+        plan = AttentionPlan(
+            store=self._store,
+            write_slots=write_slots,
+            run_groups=(),
+            decode_groups=self._dense_group(shape, dense, turn_rows, lengths) if shape.dense_rows else (),
+            ranked_groups=self._ranked_group(shape, ranked, turn_rows, lengths, budgets) if shape.ranked_rows else (),
+            sparse_decodes=(),
+            prefills=(),
+            summed=self._summed(ranked, turn_rows) if shape.ranked_rows else None,
+            prefill_config=self._config.prefill,
+            dense_layers=frozenset(self._config.decode.dense_layers),
+        )
+        output: Any = self._loaded.model(
+            input_ids=self._table.resolved(token_ids, turn_rows)[None],
+            position_ids=positions[None],
+            use_cache=False,
+            attention_plan=plan,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _dense_group(
+        self, shape: StepShape, rows: slice, turn_rows: Tensor, lengths: Tensor
+    ) -> tuple[DecodeGroup, ...]:
+        owned = torch.arange(shape.dense_columns, device=lengths.device) < lengths[rows, None]
+        slots = self._table.slots[:, : shape.dense_columns].index_select(0, turn_rows[rows])
+        return (DecodeGroup(rows, slots[:, None], owned[:, None]),)
+
+    def _ranked_group(
+        self, shape: StepShape, rows: slice, turn_rows: Tensor, lengths: Tensor, budgets: Tensor
+    ) -> tuple[RankedGroup, ...]:
+        assert shape.config is not None, "ranked rows have a config"
+        slots = self._table.slots[:, : shape.ranked_columns].index_select(0, turn_rows[rows])
+        ranked = RankedRows(slots, lengths[rows], budgets[rows], width=shape.width, is_full=False)
+        return (RankedGroup(rows, ranked, turn_rows[rows], shape.config),)
+
+    def _summed(self, rows: slice, turn_rows: Tensor) -> SummedRows | None:
+        sums = self._table.value_sums
+        return None if sums is None else SummedRows(rows, turn_rows[rows], sums)
+
+    def _column_bucket(self, rows: Sequence[Placed]) -> int:
+        """Columns for the longest context: a power of two or the middle between two, so that at most a third is padding."""
+        if not rows:
+            return 0
+        longest, bucket = max(p.num_tokens for p in rows), _COLUMNS_MIN
+        while bucket < longest:
+            bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket // 3 * 4
+        return min(bucket, self._table.slots.shape[1])
+
+    def _width(self, ranked: Sequence[Placed]) -> int:
+        """The least budget of the configured steps that all rows' budgets fit in, or the largest of these."""
+        budgets = [p.segment.decode.budget_tokens for p in ranked if p.segment.decode is not None]
+        largest = max(budgets, default=0)
+        return min((rung for rung in self._config.decode.budget_rungs if rung >= largest), default=largest)
+
+
+def capture_cuda(step: Step) -> Step:
+    """Record a step as a CUDA graph; see `Capture`. Other threads may go on using the device meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _numbers_of(placed: Placed) -> tuple[int, ...]:
+    segment = placed.segment
+    position, budget = segment.start, 1 if segment.decode is None else segment.decode.budget_tokens
+    block, offset = divmod(position, BLOCK_TOKENS)
+    write_slot = segment.block_table[block] * BLOCK_TOKENS + offset
+    return segment.token_ids[0], position, write_slot, placed.row.index, end_of(segment), budget
+
+
+def _without_padding(per_row: Tensor, num_dense: int, num_ranked: int, shape: StepShape) -> Tensor:
+    dense, ranked = per_row[:num_dense], per_row[shape.dense_rows :][:num_ranked]
+    if num_ranked == 0:
+        return dense
+    return ranked if num_dense == 0 else torch.cat((dense, ranked))
+
+
+def _row_bucket(num_rows: int) -> int:
+    """The next of 0, 1, 2, 4, 8, 16, 24, ..."""
+    if num_rows <= 8:
+        return num_rows and 1 << (num_rows - 1).bit_length()
+    return -(-num_rows // 8) * 8
