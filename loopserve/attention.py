@@ -38,17 +38,30 @@ class Measured:
     dense_heads: list[torch.Tensor] = field(default_factory=list)  # a layer each: int64 []
     cells_total: int = 0
 
-    def summed(self, turn_id: TurnId) -> SegmentQuality:
-        """Bring the sums to the host."""
-        coverage = torch.cat(self.coverage).float() if self.coverage else torch.empty(0)
+    def reduced(self) -> torch.Tensor | None:
+        """The sums on the device, float64 [4]: coverage, its least, cells, dense heads; None where nothing was measured."""
+        if not self.coverage and not self.cells_computed:
+            return None
+        device = (self.coverage or self.cells_computed)[0].device
+        coverage = torch.cat(self.coverage) if self.coverage else torch.ones(1, device=device)
+        cells = torch.stack(self.cells_computed).sum() if self.cells_computed else coverage.new_zeros(())
+        dense = torch.stack(self.dense_heads).sum() if self.dense_heads else coverage.new_zeros(())
+        return torch.stack([part.double() for part in (coverage.double().sum(), coverage.min(), cells, dense)])
+
+    def quality(self, turn_id: TurnId, reduced: Sequence[float] | None) -> SegmentQuality:
+        """What `reduced` is as a record, once it is on the host."""
+        if reduced is None:
+            return SegmentQuality(turn_id)
+        count = sum(part.numel() for part in self.coverage)
+        total, least, cells, dense = reduced
         return SegmentQuality(
             turn_id=turn_id,
-            coverage_sum=float(coverage.sum()),
-            coverage_count=coverage.numel(),
-            coverage_worst=float(coverage.min()) if coverage.numel() else 1.0,
-            cells_computed=int(torch.stack(self.cells_computed).sum()) if self.cells_computed else 0,
+            coverage_sum=total if count else 0.0,
+            coverage_count=count,
+            coverage_worst=least,
+            cells_computed=int(cells),
             cells_total=self.cells_total,
-            dense_heads=int(torch.stack(self.dense_heads).sum()) if self.dense_heads else 0,
+            dense_heads=int(dense),
         )
 
 
@@ -109,6 +122,7 @@ class RankedGroup:
     ranked: RankedRows
     turn_rows: torch.Tensor  # int64 [R], of the turn table
     config: DecodeSparsity
+    measured: Sequence[Measured]  # of the first rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +254,7 @@ def _ranked_decode(
     mean_value = None
     if plan.summed is not None and DECODE_RULES[group.config.method].estimates_left_out(group.config):
         mean_value = plan.summed.sums[group.turn_rows, layer] / ranked.lengths[:, None, None]
-    return attend_ranked(
+    output, coverage = attend_ranked(
         query,
         key_pool,
         value_pool,
@@ -250,6 +264,9 @@ def _ranked_decode(
         config=group.config,
         scale=scale,
     )
+    for account, of_row in zip(group.measured, coverage, strict=True):
+        account.coverage.append(of_row)
+    return output
 
 
 def _sparse_decode(

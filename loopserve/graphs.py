@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loopserve.attention import AttentionPlan, DecodeGroup, RankedGroup, SummedRows
+from loopserve.attention import AttentionPlan, DecodeGroup, Measured, RankedGroup, SummedRows
 from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig
+from loopserve.dialogue import TurnId
 from loopserve.kv.store import KVStore
-from loopserve.layout import Placed, end_of, is_plain_row, is_ranked, ranked_config
+from loopserve.layout import Placed, end_of, is_plain_row, is_ranked, measures, ranked_config
 from loopserve.loading import LoadedModel
 from loopserve.plan import NULL_BLOCK
 from loopserve.sparsity.by_sketch import RankedRows
 from loopserve.turn_table import NO_ROW, TurnTable
 
-Step = Callable[[], Tensor]
+Step = Callable[[], tuple[Tensor, Tensor]]  # logits [rows, V], coverage [measured rows, layers x heads]
 Capture = Callable[
     [Step], Step
 ]  # record what a step does on the device; what it gives does that again, to the same tensors
@@ -48,6 +49,7 @@ class StepShape:
     ranked_rows: int
     ranked_columns: int
     width: int  # tokens that ranked rows rank
+    num_measured: int  # ranked rows that measure: the first ones
     config: DecodeSparsity | None  # how they choose
 
 
@@ -65,8 +67,9 @@ class DecodedRows:
     """What a replayed step gives."""
 
     placed: tuple[Placed, ...]  # in the order of the rows
-    logits: Tensor  # [rows, V]
+    logits: Tensor  # [rows, V]; the next step of this shape overwrites it
     turn_rows: Tensor  # int64 [rows]
+    measured: dict[TurnId, Measured]
 
 
 class DecodeGraphs:
@@ -95,20 +98,25 @@ class DecodeGraphs:
             ranked_rows=_row_bucket(len(ranked)),
             ranked_columns=self._column_bucket(ranked),
             width=self._width(ranked),
+            num_measured=min(_row_bucket(sum(map(measures, ranked))), _row_bucket(len(ranked))),
             config=configs.pop() if configs else None,
         )
 
     def run(self, placed: Sequence[Placed], shape: StepShape) -> DecodedRows:
         """Compute one step of that shape. Mutates the store and the turn table as the step says."""
         dense = [p for p in placed if is_plain_row(p.segment)]
-        ranked = [p for p in placed if not is_plain_row(p.segment)]
+        ranked = sorted((p for p in placed if not is_plain_row(p.segment)), key=lambda p: not measures(p))
         step = self._step(shape)
         step.inputs.copy_(self._numbers(dense, ranked, shape), non_blocking=True)
-        logits = step.replay() if step.replay is not None else self._forward(shape, step.inputs)
+        logits, coverage = step.replay() if step.replay is not None else self._forward(shape, step.inputs)
+        measured = {p.segment.turn_id: Measured() for p in ranked}
+        for placed_row, of_row in zip(filter(measures, ranked), coverage, strict=False):  # the rest measures for nobody
+            measured[placed_row.segment.turn_id].coverage.append(of_row)
         return DecodedRows(
             placed=(*dense, *ranked),
             logits=_without_padding(logits, len(dense), len(ranked), shape),
             turn_rows=_without_padding(step.inputs[3], len(dense), len(ranked), shape),
+            measured=measured,
         )
 
     def _step(self, shape: StepShape) -> _Prepared:
@@ -136,16 +144,17 @@ class DecodeGraphs:
         rows += [nobody] * (shape.ranked_rows - len(ranked))
         return torch.tensor(list(zip(*rows, strict=True)), pin_memory=self._loaded.device.type == "cuda")
 
-    def _forward(self, shape: StepShape, inputs: Tensor) -> Tensor:
-        """The whole step on the device, from its input numbers to logits [rows, V]. No value of a tensor comes to the host."""
-        token_ids, positions, write_slots, turn_rows, lengths, budgets = inputs
+    def _forward(self, shape: StepShape, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole step on the device, from its input numbers on. No value of a tensor comes to the host."""
+        token_ids, positions, write_slots, turn_rows, lengths, _ = inputs
         dense, ranked = slice(0, shape.dense_rows), slice(shape.dense_rows, shape.dense_rows + shape.ranked_rows)
+        accounts = [Measured() for _ in range(shape.num_measured)]
         plan = AttentionPlan(
             store=self._store,
             write_slots=write_slots,
             run_groups=(),
-            decode_groups=self._dense_group(shape, dense, turn_rows, lengths) if shape.dense_rows else (),
-            ranked_groups=self._ranked_group(shape, ranked, turn_rows, lengths, budgets) if shape.ranked_rows else (),
+            decode_groups=[self._dense_group(shape, dense, turn_rows, lengths)] if shape.dense_rows else (),
+            ranked_groups=[self._ranked_group(shape, ranked, inputs, accounts)] if shape.ranked_rows else (),
             sparse_decodes=(),
             prefills=(),
             summed=self._summed(ranked, turn_rows) if shape.ranked_rows else None,
@@ -158,23 +167,26 @@ class DecodeGraphs:
             use_cache=False,
             attention_plan=plan,
         )
-        logits: Tensor = output.logits[0]
-        return logits
+        coverage = [torch.cat(account.coverage) for account in accounts if account.coverage]
+        return output.logits[0], torch.stack(coverage) if coverage else inputs.new_zeros((0,))
 
-    def _dense_group(
-        self, shape: StepShape, rows: slice, turn_rows: Tensor, lengths: Tensor
-    ) -> tuple[DecodeGroup, ...]:
+    def _dense_group(self, shape: StepShape, rows: slice, turn_rows: Tensor, lengths: Tensor) -> DecodeGroup:
         owned = torch.arange(shape.dense_columns, device=lengths.device) < lengths[rows, None]
         slots = self._table.slots[:, : shape.dense_columns].index_select(0, turn_rows[rows])
-        return (DecodeGroup(rows, slots[:, None], owned[:, None]),)
+        return DecodeGroup(rows, slots[:, None], owned[:, None])
 
-    def _ranked_group(
-        self, shape: StepShape, rows: slice, turn_rows: Tensor, lengths: Tensor, budgets: Tensor
-    ) -> tuple[RankedGroup, ...]:
+    def _ranked_group(self, shape: StepShape, rows: slice, inputs: Tensor, accounts: Sequence[Measured]) -> RankedGroup:
         assert shape.config is not None, "ranked rows have a config"
-        slots = self._table.slots[:, : shape.ranked_columns].index_select(0, turn_rows[rows])
-        ranked = RankedRows(slots, lengths[rows], budgets[rows], width=shape.width, is_full=False)
-        return (RankedGroup(rows, ranked, turn_rows[rows], shape.config),)
+        turn_rows, lengths, budgets = (numbers[rows] for numbers in inputs[3:])
+        ranked = RankedRows(
+            slots=self._table.slots[:, : shape.ranked_columns].index_select(0, turn_rows),
+            lengths=lengths,
+            budgets=budgets,
+            width=shape.width,
+            is_full=False,
+            num_measured=shape.num_measured,
+        )
+        return RankedGroup(rows, ranked, turn_rows, shape.config, accounts)
 
     def _summed(self, rows: slice, turn_rows: Tensor) -> SummedRows | None:
         sums = self._table.value_sums
@@ -202,7 +214,7 @@ def capture_cuda(step: Step) -> Step:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = step()
 
-    def replay() -> Tensor:
+    def replay() -> tuple[Tensor, Tensor]:
         graph.replay()
         return output
 

@@ -103,7 +103,7 @@ class LayoutBuilder:
             write_slots=torch.cat([p.context.slots[p.segment.start :] for p in ordered]),
             run_groups=[self._run_group(group) for group in runs],
             decode_groups=[self._group(group, first_row[group[0].segment.turn_id]) for group in groups],
-            ranked_groups=[self._ranked_group(group, first_row[group[0].segment.turn_id]) for group in ranked_groups],
+            ranked_groups=[self._ranked_group(group, first_row, measured) for group in ranked_groups],
             sparse_decodes=[_sparse_row(p, first_row[p.segment.turn_id], measured[p.segment.turn_id]) for p in sparse],
             prefills=[self._prefill(p, first_row[p.segment.turn_id], measured.get(p.segment.turn_id)) for p in chunks],
             summed=self._summed([*itertools.chain.from_iterable(ranked_groups), *sparse], first_row),
@@ -174,14 +174,24 @@ class LayoutBuilder:
             valid=None if owned is None else owned.unsqueeze(1),
         )
 
-    def _ranked_group(self, group: Sequence[Placed], first_row: int) -> RankedGroup:
+    def _ranked_group(
+        self, group: Sequence[Placed], first_row: dict[TurnId, int], measured: dict[TurnId, Measured]
+    ) -> RankedGroup:
         device, config = self._loaded.device, ranked_config(group[0])
         budgets, lengths = [_budget(placed) for placed in group], [placed.num_tokens for placed in group]
         always = config.sink_tokens + config.window_tokens
-        is_full = len(set(budgets)) == 1 and min(lengths) - always >= budgets[0]
         per_row = torch.tensor([[placed.row.index for placed in group], lengths, budgets], device=device)
-        ranked = RankedRows(self._padded_slots(group), per_row[1], per_row[2], width=max(budgets), is_full=is_full)
-        return RankedGroup(slice(first_row, first_row + len(group)), ranked, per_row[0], config)
+        accounts = [measured[placed.segment.turn_id] for placed in group if measures(placed)]
+        ranked = RankedRows(
+            self._padded_slots(group),
+            lengths=per_row[1],
+            budgets=per_row[2],
+            width=max(budgets),
+            is_full=len(set(budgets)) == 1 and min(lengths) - always >= budgets[0],
+            num_measured=len(accounts),
+        )
+        first = first_row[group[0].segment.turn_id]
+        return RankedGroup(slice(first, first + len(group)), ranked, per_row[0], config, accounts)
 
     def _padded_slots(self, group: Sequence[Placed]) -> torch.Tensor:
         """Where the contexts of R rows lie, int64 [R, M], padded with slots of the null block to the longest."""
@@ -228,12 +238,17 @@ def is_plain_row(segment: Segment) -> bool:
 
 
 def is_ranked(placed: Placed) -> bool:
-    """A sparse decode row that ranks all tokens by sketches now, and measures nothing."""
+    """A sparse decode row that reads what it ranks by sketches now."""
     order = placed.segment.decode
-    if order is None or order.measure or order.dense or not order.choose:
+    if order is None or order.dense or not order.choose:
         return False
     config = ranked_config(placed)
     return DECODE_RULES[config.method].ranks_by_sketch(config)
+
+
+def measures(placed: Placed) -> bool:
+    """Whether a decode row measures what it reads."""
+    return placed.segment.decode is not None and placed.segment.decode.measure
 
 
 def ranked_config(placed: Placed) -> DecodeSparsity:
@@ -277,11 +292,12 @@ def _sparse_row(placed: Placed, row: int, measured: Measured) -> SparseDecodeRow
 
 
 def _ranked_alike(rows: Sequence[Placed]) -> list[list[Placed]]:
-    """Split ranked rows by how their turns choose, and so that padding wastes little."""
+    """Split ranked rows by how their turns choose, and so that padding wastes little; those that measure come first."""
     by_config: dict[DecodeSparsity, list[Placed]] = {}
     for placed in rows:
         by_config.setdefault(ranked_config(placed), []).append(placed)
-    return [group for alike in by_config.values() for group in _groups_of_like_length(alike)]
+    groups = [group for alike in by_config.values() for group in _groups_of_like_length(alike)]
+    return [sorted(group, key=lambda placed: not measures(placed)) for group in groups]
 
 
 def _groups_of_like_length(rows: Sequence[Placed]) -> list[list[Placed]]:

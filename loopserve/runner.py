@@ -17,6 +17,7 @@ from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import TurnId
 from loopserve.errors import ConfigError
 from loopserve.graphs import Capture, DecodeGraphs, capture_cuda
+from loopserve.host_copy import HostCopy
 from loopserve.kv.store import KVStore, block_bytes
 from loopserve.layout import LayoutBuilder, Placed, end_of
 from loopserve.loading import LoadedModel
@@ -54,21 +55,25 @@ class Runner(Protocol):
         """Zero blocks that nobody holds."""
 
 
-@dataclass(frozen=True, slots=True)
 class _LaunchedStep:
-    """What the device gives of one step, not yet waited for."""
+    """What the device gives of one step, on its way to the host."""
 
-    sampled: tuple[TurnId, ...]
-    draws: PendingDraws
-    measured: dict[TurnId, Measured]
+    def __init__(self, sampled: Sequence[Segment], draws: PendingDraws, measured: dict[TurnId, Measured]) -> None:
+        self._sampled = tuple(segment.turn_id for segment in sampled)
+        self._draws = draws
+        self._measured = measured
+        reduced = {turn_id: account.reduced() for turn_id, account in measured.items()}
+        self._reduced = {turn_id: HostCopy(sums) for turn_id, sums in reduced.items() if sums is not None}
 
     def result(self) -> StepResult:
         """See `Launched`."""
         tokens = tuple(
             SampledToken(turn_id, drawn.token_id, drawn.logprobs)
-            for turn_id, drawn in zip(self.sampled, self.draws.result(), strict=True)
+            for turn_id, drawn in zip(self._sampled, self._draws.result(), strict=True)
         )
-        return StepResult(tokens, tuple(account.summed(turn_id) for turn_id, account in self.measured.items()))
+        sums = {turn_id: copy.wait().tolist() for turn_id, copy in self._reduced.items()}
+        quality = tuple(account.quality(turn_id, sums.get(turn_id)) for turn_id, account in self._measured.items())
+        return StepResult(tokens, quality)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +129,14 @@ class ModelRunner:
         if self._graphs is not None and shape is not None:
             decoded = self._graphs.run(placed, shape)
             segments = tuple(p.segment for p in decoded.placed)
-            forward = _Forward(decoded.logits, segments, decoded.turn_rows, {})
+            forward = _Forward(decoded.logits, segments, decoded.turn_rows, decoded.measured)
         else:
             forward = self._forward(placed)
         orders = [segment.sample for segment in forward.sampled if segment.sample is not None]
         assert len(orders) == len(forward.sampled), "every row with logits is sampled"
         draws = draw(forward.logits, orders)
         self._table.note_tokens(forward.turn_rows, draws.token_ids)
-        return _LaunchedStep(tuple(s.turn_id for s in forward.sampled), draws, forward.measured)
+        return _LaunchedStep(forward.sampled, draws, forward.measured)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Launch one step and wait for it."""

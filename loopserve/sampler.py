@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from loopserve.dialogue import PositionLogprobs, SamplingParams, TokenId, TokenLogprob
+from loopserve.host_copy import HostCopy
 from loopserve.plan import SampleOrder
 
 _GREEDY_BELOW = 1e-5  # a lower temperature would leave float32's range and means argmax anyway
@@ -45,15 +46,16 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class PendingDraws:
-    """What was drawn, on the device that may still be drawing it."""
+    """What was drawn, on a device that may still be drawing it."""
 
     token_ids: Tensor  # int64 [R]
     orders: tuple[SampleOrder, ...]
-    raw: "_RawLogprobs | None"
+    top_width: int  # alternatives a row that were brought over; 0: no log-probabilities
+    on_host: HostCopy
 
     def result(self) -> tuple[Draw, ...]:
-        """Wait for it: one device-to-host copy for the whole batch."""
-        return _to_host(self.token_ids, self.raw, self.orders)
+        """Wait for it."""
+        return _draws(self.on_host.wait().tolist(), self.orders, self.top_width)
 
 
 def sample(logits: Tensor, orders: Sequence[SampleOrder]) -> tuple[Draw, ...]:
@@ -62,7 +64,7 @@ def sample(logits: Tensor, orders: Sequence[SampleOrder]) -> tuple[Draw, ...]:
 
 
 def draw(logits: Tensor, orders: Sequence[SampleOrder]) -> PendingDraws:
-    """Draw one token a row, without waiting for the device.
+    """Draw one token a row, without waiting for the device; the copy to the host, one for the whole batch, is queued.
 
     `logits` is `[R, V]`, any float dtype, and is not modified; `orders[r]` says how row r is drawn. Every token id in the orders must be
     below V: the engine refuses others at submission.
@@ -70,13 +72,13 @@ def draw(logits: Tensor, orders: Sequence[SampleOrder]) -> PendingDraws:
     assert logits.ndim == 2 and logits.shape[0] == len(orders), "one order a row"
     touched = [_is_processed(order) for order in orders]
     if not any(touched) and all(_is_greedy(o.params) and o.params.top_logprobs is None for o in orders):
-        return PendingDraws(logits.argmax(dim=-1), tuple(orders), None)
+        return _pending(logits.argmax(dim=-1), None, orders)
     scores = logits.to(torch.float32, copy=any(touched))
     raw_logprobs = _raw_logprobs(scores, orders)
     for row, order in enumerate(orders):
         if touched[row]:
             _process(scores[row], order)
-    return PendingDraws(_choose(scores, orders), tuple(orders), raw_logprobs)
+    return _pending(_choose(scores, orders), raw_logprobs, orders)
 
 
 def _is_greedy(params: SamplingParams) -> bool:
@@ -222,19 +224,25 @@ def _raw_logprobs(scores: Tensor, orders: Sequence[SampleOrder]) -> _RawLogprobs
     return _RawLogprobs(rows, min(max(_TOP_WIDTH, *widths.values()), scores.shape[-1]), values)
 
 
-def _to_host(token_ids: Tensor, raw: _RawLogprobs | None, orders: Sequence[SampleOrder]) -> tuple[Draw, ...]:
-    """Bring tokens `[R]` and log-probabilities over in one copy: float64 holds ids and float32 values alike, exactly."""
+def _pending(token_ids: Tensor, raw: _RawLogprobs | None, orders: Sequence[SampleOrder]) -> PendingDraws:
+    """Begin to bring tokens `[R]` and log-probabilities over in one copy: float64 holds ids and float32 values alike, exactly."""
     if raw is None:
-        return tuple(Draw(token_id) for token_id in token_ids.tolist())
+        return PendingDraws(token_ids, tuple(orders), 0, HostCopy(token_ids))
     chosen = raw.values.gather(-1, token_ids[torch.tensor(raw.rows, device=token_ids.device)][:, None])
     top = raw.values.topk(raw.width, dim=-1)
     parts = (token_ids, chosen, top.values, top.indices)
-    flat = torch.cat([part.reshape(-1).double() for part in parts]).tolist()
-    num_rows, num_asking, width = len(orders), len(raw.rows), raw.width
-    values_at = num_rows + num_asking
-    ids_at = values_at + num_asking * width
+    flat = torch.cat([part.reshape(-1).double() for part in parts])
+    return PendingDraws(token_ids, tuple(orders), raw.width, HostCopy(flat))
+
+
+def _draws(flat: Sequence[float], orders: Sequence[SampleOrder], width: int) -> tuple[Draw, ...]:
+    """The draws from what `_pending` brought over."""
+    num_rows = len(orders)
     draws = [Draw(int(token_id)) for token_id in flat[:num_rows]]
-    for place, row in enumerate(raw.rows):
+    asking = [row for row, order in enumerate(orders) if order.params.top_logprobs is not None] if width else []
+    values_at = num_rows + len(asking)
+    ids_at = values_at + len(asking) * width
+    for place, row in enumerate(asking):
         start = place * width
         count = min(orders[row].params.top_logprobs or 0, width)
         alternatives = tuple(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loopserve.config import DecodeSparsity
-from loopserve.kernels import KeySketch, LeftOut, paged_decode, sketch_log_sum, sketch_scores
+from loopserve.kernels import KeySketch, LeftOut, paged_decode, sketch_log_sum, sketch_scores, token_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class RankedRows:
     budgets: Tensor  # int64 [R]: tokens that each list may choose
     width: int  # tokens that are ranked: no budget is larger
     is_full: bool  # every row chooses `width` tokens beside its sinks and window: no list has padding
+    num_measured: int  # the first rows: the dense weight that they read is measured, by all keys
 
 
 def attend_ranked(
@@ -35,10 +36,11 @@ def attend_ranked(
     mean_value: Tensor | None,
     config: DecodeSparsity,
     scale: float,
-) -> Tensor:
-    """Let row r, head h read sinks, its heaviest tokens by sketch and its newest; returns [R, H, D] in query's dtype.
+) -> tuple[Tensor, Tensor]:
+    """Let row r, head h read sinks, its heaviest tokens by sketch and its newest.
 
-    query [R, H, D]; pools [S, Hkv, D]; mean_value float32 [R, Hkv, D] stands for all that is not read, if it is wanted. Mutates nothing.
+    query [R, H, D]; pools [S, Hkv, D]; mean_value float32 [R, Hkv, D] stands for all that is not read, if it is wanted. Returns the
+    attention [R, H, D] in query's dtype, and the coverage of the measured rows, float32 [measured, H]. Mutates nothing.
     """
     num_lists = query.shape[1] if config.select_per == "query_head" else key_pool.shape[1]
     weights, log_sum = sketch_scores(query, sketch, rows.slots, rows.lengths, num_lists=num_lists, scale=scale)
@@ -49,7 +51,25 @@ def attend_ranked(
         held = sketch_log_sum(query, sketch, listed, valid, scale=scale)
         share = torch.expm1(held - log_sum).neg().clamp(min=0.0)  # of the weight, outside; rounding may exceed
         left_out = LeftOut(log_sum + share.log(), mean_value)
-    return paged_decode(query, key_pool, value_pool, listed, valid, scale=scale, left_out=left_out)
+    output = paged_decode(query, key_pool, value_pool, listed, valid, scale=scale, left_out=left_out)
+    return output, _coverage(query, key_pool, rows, columns, valid, scale=scale)
+
+
+def _coverage(
+    query: Tensor, key_pool: Tensor, rows: RankedRows, columns: Tensor, valid: Tensor | None, *, scale: float
+) -> Tensor:
+    """Dense weight that the measured rows' lists hold, float32 [measured, H]."""
+    num_heads, num_lists = query.shape[1], columns.shape[1]
+    coverage = query.new_zeros((rows.num_measured, num_heads), dtype=torch.float32)
+    for row in range(rows.num_measured):
+        weights = token_scores(
+            query[row : row + 1], key_pool, rows.slots[row], rows.lengths[row : row + 1] - 1, scale=scale
+        )
+        held = weights.gather(1, columns[row].repeat_interleave(num_heads // num_lists, dim=0))  # [H, M]
+        if valid is not None:
+            held = held.masked_fill(~valid[row, :1], 0.0)  # all lists of a row have the same padding
+        coverage[row] = held.sum(dim=1)
+    return coverage.clamp(max=1.0)  # rounding may exceed
 
 
 def _kept_columns(weights: Tensor, rows: RankedRows, config: DecodeSparsity) -> tuple[Tensor, Tensor | None]:
@@ -63,7 +83,7 @@ def _kept_columns(weights: Tensor, rows: RankedRows, config: DecodeSparsity) -> 
     lengths = rows.lengths[:, None]  # [R, 1]
     recent_start = torch.maximum(lengths.clamp(max=num_sinks), lengths - window)
     closed = torch.arange(num_columns, device=device) >= recent_start  # [R, N]
-    closed[:, :num_sinks] = True
+    closed[:, :num_sinks].fill_(True)
     ranked = weights.masked_fill_(closed[:, None], -1.0).topk(min(rows.width, num_columns), dim=2).indices
     sinks = torch.arange(num_sinks, device=device).expand(num_rows, -1)  # [R, S]
     recent = lengths - window + torch.arange(window, device=device)  # [R, W]
