@@ -53,10 +53,17 @@ def write_result(
     """Write `name`.json and `name`.md into the directory, and give the Markdown back."""
     directory.mkdir(parents=True, exist_ok=True)
     record = {"title": title, "machine": asdict(machine), **numbers}
-    (directory / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_whole(directory / f"{name}.json", json.dumps(record, indent=1) + "\n")
     parts = [f"# {title}", machine.sentence(), *(table.markdown() for table in tables)]
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
     text = "\n\n".join(parts) + "\n"
-    (directory / f"{name}.md").write_text(text, encoding="utf-8")
+    write_whole(directory / f"{name}.md", text)
     return text
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that may be there already: whoever reads it, or kills the writer, finds the old text or the new one, not a part."""
+    unfinished = file.with_name(f"{file.name}.new")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
