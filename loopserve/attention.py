@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from loopserve.config import DecodeSparsity, PrefillSparsity
@@ -25,6 +26,7 @@ from loopserve.sparsity import PREFILL_METHODS
 from loopserve.sparsity.by_sketch import RankedRows, attend_ranked
 from loopserve.sparsity.decode import TurnSelection
 from loopserve.sparsity.prefill import attend
+from loopserve.transfer import on_device
 
 SOCKET_NAME = "loopserve"
 
@@ -217,10 +219,14 @@ def plan_attention(
 def causal_bias(num_rows: int, start: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """What to add to the scores of `num_rows` rows from position `start` on: 0, or -inf to the right of the diagonal.
 
-    None where no bias is needed. Additive, because torch would make it so from a boolean mask again in every layer.
+    None where no bias is needed. Additive, because torch would make it so from a boolean mask again in every layer; on CUDA it is only a
+    name for the diagonal, which flash attention knows without reading a mask.
     """
     if start == 0 or num_rows == 1:
         return None
+    if device.type == "cuda":
+        lower_right: torch.Tensor = causal_lower_right(num_rows, start + num_rows)
+        return lower_right
     bias = torch.full((num_rows, start + num_rows), float("-inf"), dtype=dtype, device=device)
     return bias.triu_(start + 1)  # [r, N]
 
@@ -279,7 +285,7 @@ def _sparse_decode(
     order = decode.order
     if layer in plan.dense_layers:
         return paged_decode(query, key_pool, value_pool, slots[None, None], None, scale=scale)
-    decode.selection.record(layer, query, torch.tensor([num_tokens - 1], device=query.device))
+    decode.selection.record(layer, query, on_device([num_tokens - 1], query.device))
     if order.measure or order.choose:
         coverage = decode.selection.refresh(
             layer,

@@ -157,6 +157,7 @@ class EngineConfig:
     decode: DecodeSparsity = field(default_factory=DecodeSparsity)
     default_mode: str = "auto"
     default_min_coverage: float | None = None
+    launch_ahead: bool | None = None  # queue the next decode step before this one's tokens are known; None: on CUDA
     cuda_graphs: bool = True  # on CUDA, decode steps of like shape are captured once and replayed
     crossover_file: str = ""  # where sparse pays, by `loopserve bench --tune`; asked before the table that ships
 

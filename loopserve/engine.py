@@ -1,6 +1,9 @@
 """Hops 5 and 10: the engine. Takes turns from any thread, runs steps on one, and delivers every turn's events.
 
-    submit (any thread) --> scheduler's queue --[ step: plan, run, apply ]--> on_events (engine thread)
+    submit (any thread) --> scheduler's queue --[ step: plan, launch, apply ]--> on_events (engine thread)
+
+On CUDA the next decode step is launched before this one's tokens are known, where it can be told (`Scheduler.plan_ahead`): it reads them
+on the device. Steps are applied in order all the same.
 
 One lock guards the scheduler, the cache and the sessions. It is held while a step is planned and applied, never while the model
 runs, so `submit`, `cancel` and the questions return in well under a step. Whatever happens, every accepted turn gets exactly one
@@ -14,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,9 +30,9 @@ from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel, device_name, load_model
 from loopserve.memory import memory_stats
 from loopserve.methods import DECODE_RULES, PREFILL_RULES
-from loopserve.plan import BlockId
+from loopserve.plan import BlockId, StepPlan
 from loopserve.quality import TurnPolicy
-from loopserve.runner import ModelRunner, Runner, bytes_a_block, num_pool_blocks
+from loopserve.runner import Launched, ModelRunner, Runner, bytes_a_block, num_pool_blocks
 from loopserve.scheduler import Scheduler
 from loopserve.sessions import SessionInfo, SessionTable
 from loopserve.stats import MemoryStats, NullSink, Occupancy, StatsSink
@@ -49,6 +52,15 @@ class _Erasure:
 
     blocks: tuple[BlockId, ...]
     waiting: tuple[Future[None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched and not applied yet."""
+
+    plan: StepPlan
+    launched: Launched
+    began_s: float
 
 
 class Engine:
@@ -103,6 +115,9 @@ class Engine:
         self._is_stopping = False
         self._failure: str | None = None
         self._step_began_s: float | None = None
+        wants_ahead = loaded.device.type == "cuda" if config.launch_ahead is None else config.launch_ahead
+        self._launches_ahead = wants_ahead
+        self._in_flight: _Flight | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -229,23 +244,43 @@ class Engine:
             assert sum(parts) == occupancy.total, f"blocks are lost: {occupancy}"
 
     def step(self) -> bool:
-        """Plan, run and apply one step. False when there was nothing to compute."""
+        """Finish one step: plan and launch it unless it was launched ahead, launch the next if it can be told, wait, apply.
+
+        False when there was nothing to compute.
+        """
         with self._work:
             erasure = self._carry_out_requests()
-            plan = self._scheduler.plan()
+            plan = self._scheduler.plan() if self._in_flight is None else None
         self._erase(erasure)  # before the step: the plan may write into the same blocks
         self._deliver()
-        if plan is None:
+        flight = self._launch(plan) if plan is not None else self._in_flight
+        if flight is None:
             return False
-        self._step_began_s = self._clock()
-        result = self._runner.launch(plan).result()
+        self._in_flight = self._launch_after(flight)
+        self._step_began_s = flight.began_s
+        result = flight.launched.result()
         with self._work:
-            self._scheduler.apply(plan, result)
-            stats = self._scheduler.step_stats(plan, duration_s=self._clock() - self._step_began_s)
+            self._scheduler.apply(flight.plan, result)
+            ended_s = self._clock()
+            stats = self._scheduler.step_stats(flight.plan, duration_s=ended_s - flight.began_s)
         self._step_began_s = None
+        if self._in_flight is not None:  # it waited for this one
+            self._in_flight = replace(self._in_flight, began_s=ended_s)
         self._deliver()
         self._stats.on_step(stats)
         return True
+
+    def _launch(self, plan: StepPlan) -> _Flight:
+        self._step_began_s = began_s = self._clock()
+        return _Flight(plan, self._runner.launch(plan), began_s)
+
+    def _launch_after(self, flight: _Flight) -> _Flight | None:
+        """Launch the step after one that is running, so that the device does not wait for the host in between."""
+        if not self._launches_ahead:
+            return None
+        with self._work:
+            plan = self._scheduler.plan_ahead(flight.plan)
+        return None if plan is None else self._launch(plan)
 
     def _run(self) -> None:
         try:

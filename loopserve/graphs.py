@@ -27,6 +27,7 @@ from loopserve.layout import Placed, end_of, is_plain_row, is_ranked, measures, 
 from loopserve.loading import LoadedModel
 from loopserve.plan import NULL_BLOCK
 from loopserve.sparsity.by_sketch import RankedRows
+from loopserve.transfer import on_device
 from loopserve.turn_table import NO_ROW, TurnTable
 
 Step = Callable[[], tuple[Tensor, Tensor]]  # logits [rows, V], coverage [measured rows, layers x heads]
@@ -92,6 +93,8 @@ class DecodeGraphs:
         configs = {ranked_config(p) for p in ranked}
         if not placed or len(ranked) + len(dense) < len(placed) or len(configs) > 1:
             return None
+        if any(p.segment.sample is None for p in placed):
+            return None
         return StepShape(
             dense_rows=_row_bucket(len(dense)),
             dense_columns=self._column_bucket(dense),
@@ -107,7 +110,7 @@ class DecodeGraphs:
         dense = [p for p in placed if is_plain_row(p.segment)]
         ranked = sorted((p for p in placed if not is_plain_row(p.segment)), key=lambda p: not measures(p))
         step = self._step(shape)
-        step.inputs.copy_(self._numbers(dense, ranked, shape), non_blocking=True)
+        step.inputs.copy_(on_device(_numbers(dense, ranked, shape), self._loaded.device))
         logits, coverage = step.replay() if step.replay is not None else self._forward(shape, step.inputs)
         measured = {p.segment.turn_id: Measured() for p in ranked}
         for placed_row, of_row in zip(filter(measures, ranked), coverage, strict=False):  # the rest measures for nobody
@@ -134,15 +137,6 @@ class DecodeGraphs:
             step.replay = self._capture(lambda: self._forward(shape, step.inputs))
             _log.info("captured a decode step: %s", shape)
         return step
-
-    def _numbers(self, dense: Sequence[Placed], ranked: Sequence[Placed], shape: StepShape) -> Tensor:
-        """The step's input numbers on the host, int64 [6, rows]; pinned for CUDA, so that the copy waits for nothing."""
-        nobody = (0, 0, NULL_BLOCK * BLOCK_TOKENS, NO_ROW, 1, 1)
-        rows = [_numbers_of(p) for p in dense]
-        rows += [nobody] * (shape.dense_rows - len(dense))
-        rows += [_numbers_of(p) for p in ranked]
-        rows += [nobody] * (shape.ranked_rows - len(ranked))
-        return torch.tensor(list(zip(*rows, strict=True)), pin_memory=self._loaded.device.type == "cuda")
 
     def _forward(self, shape: StepShape, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The whole step on the device, from its input numbers on. No value of a tensor comes to the host."""
@@ -208,17 +202,36 @@ class DecodeGraphs:
         return min((rung for rung in self._config.decode.budget_rungs if rung >= largest), default=largest)
 
 
-def capture_cuda(step: Step) -> Step:
-    """Record a step as a CUDA graph; see `Capture`. Other threads may go on using the device meanwhile."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = step()
+class CudaCapture:
+    """Records steps as CUDA graphs; see `Capture`. Other threads may go on using the device meanwhile.
 
-    def replay() -> tuple[Tensor, Tensor]:
-        graph.replay()
-        return output
+    All graphs share what memory their steps need on the way: one runs after the other, and what it gives is read before the next begins.
+    """
 
-    return replay
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        """Record what it does; it is not run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = step()
+
+        def replay() -> tuple[Tensor, Tensor]:
+            graph.replay()
+            return output
+
+        return replay
+
+
+def _numbers(dense: Sequence[Placed], ranked: Sequence[Placed], shape: StepShape) -> list[tuple[int, ...]]:
+    """The step's input numbers, [6][rows]."""
+    nobody = (0, 0, NULL_BLOCK * BLOCK_TOKENS, NO_ROW, 1, 1)
+    rows = [_numbers_of(p) for p in dense]
+    rows += [nobody] * (shape.dense_rows - len(dense))
+    rows += [_numbers_of(p) for p in ranked]
+    rows += [nobody] * (shape.ranked_rows - len(ranked))
+    return list(zip(*rows, strict=True))
 
 
 def _numbers_of(placed: Placed) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from loopserve.plan import NULL_BLOCK, Segment
 from loopserve.sparsity import DECODE_METHODS
 from loopserve.sparsity.by_sketch import RankedRows
 from loopserve.sparsity.decode import TurnSelection
+from loopserve.transfer import on_device
 from loopserve.turn_table import TurnRow, TurnTable
 
 _PADDING_RATIO_MAX = (
@@ -117,7 +118,7 @@ class LayoutBuilder:
         if sums is None or not sparse:
             return None
         first = first_row[sparse[0].segment.turn_id]
-        turn_rows = torch.tensor([p.row.index for p in sparse], device=self._loaded.device)
+        turn_rows = on_device([p.row.index for p in sparse], self._loaded.device)
         return SummedRows(slice(first, first + len(sparse)), turn_rows, sums)
 
     def _prefill(self, placed: Placed, first_row: int, measured: Measured | None) -> PrefillRows:
@@ -180,7 +181,7 @@ class LayoutBuilder:
         device, config = self._loaded.device, ranked_config(group[0])
         budgets, lengths = [_budget(placed) for placed in group], [placed.num_tokens for placed in group]
         always = config.sink_tokens + config.window_tokens
-        per_row = torch.tensor([[placed.row.index for placed in group], lengths, budgets], device=device)
+        per_row = on_device([[placed.row.index for placed in group], lengths, budgets], device)
         accounts = [measured[placed.segment.turn_id] for placed in group if measures(placed)]
         ranked = RankedRows(
             self._padded_slots(group),
@@ -208,7 +209,7 @@ class LayoutBuilder:
         longest, device = max(lengths), self._loaded.device
         if min(lengths) == longest:
             return None
-        return torch.arange(longest, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+        return torch.arange(longest, device=device) < on_device(lengths, device).unsqueeze(1)
 
     def _new_selection(self, row: TurnRow, decode: DecodeSparsity) -> TurnSelection:
         loaded, sums = self._loaded, self._table.value_sums

@@ -62,6 +62,7 @@ class SparseDecode:
     """
 
     budget_tokens: int
+    chosen_at_tokens: int  # context length at the choice that is read
     measure: bool
     choose: bool
     dense: bool

@@ -4,6 +4,7 @@ Anything that runs on the device happens here or below; anything that decides ha
 or, where there is a `Capture` and only decode rows are due, replayed (`graphs.py`).
 """
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from loopserve.attention import Measured
 from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import TurnId
 from loopserve.errors import ConfigError
-from loopserve.graphs import Capture, DecodeGraphs, capture_cuda
-from loopserve.host_copy import HostCopy
+from loopserve.graphs import Capture, CudaCapture, DecodeGraphs
 from loopserve.kv.store import KVStore, block_bytes
 from loopserve.layout import LayoutBuilder, Placed, end_of
 from loopserve.loading import LoadedModel
 from loopserve.methods import DECODE_RULES
 from loopserve.plan import BlockId, SampledToken, Segment, StepPlan, StepResult
 from loopserve.sampler import PendingDraws, draw
+from loopserve.transfer import HostCopy, on_device
 from loopserve.turn_table import TurnTable
 
 
@@ -94,6 +95,9 @@ class ModelRunner:
     ) -> None:
         """Allocates the KV pool and the turn table. `capture` None: CUDA graphs on CUDA, if the config wants them, else none."""
         self._loaded = loaded
+        # Triton launches on the device that is current, whatever its tensors lie on.
+        is_cuda = loaded.device.type == "cuda"
+        self._on_device = torch.cuda.device(loaded.device) if is_cuda else contextlib.nullcontext()
         self._store = KVStore(
             num_layers=loaded.num_layers,
             num_blocks=num_blocks,
@@ -112,8 +116,8 @@ class ModelRunner:
             device=loaded.device,
         )
         self._layouts = LayoutBuilder(loaded, config, self._store, self._table)
-        if capture is None and loaded.device.type == "cuda" and config.cuda_graphs:
-            capture = capture_cuda
+        if capture is None and is_cuda and config.cuda_graphs:
+            capture = CudaCapture()
         self._graphs = None if capture is None else DecodeGraphs(loaded, config, self._store, self._table, capture)
 
     @torch.inference_mode()
@@ -122,6 +126,10 @@ class ModelRunner:
 
         On CUDA this returns as soon as all of it is queued.
         """
+        with self._on_device:
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> Launched:
         self._table.release(plan.ended_turns)
         self._store.copy_blocks(plan.copies)
         placed = [self._layouts.place(segment) for segment in plan.segments]
@@ -152,20 +160,20 @@ class ModelRunner:
         device = self._loaded.device
         token_ids = [token_id for segment in layout.segments for token_id in segment.token_ids]
         positions = [p for segment in layout.segments for p in range(segment.start, end_of(segment))]
-        input_ids = torch.tensor(token_ids, device=device)
+        input_ids = on_device(token_ids, device)
         row_of = {p.segment.turn_id: p.row.index for p in placed}
         if min(token_ids) < 0:  # some are drawn by the step before, which may still run
             rows = [row_of[segment.turn_id] for segment in layout.segments for _ in segment.token_ids]
-            input_ids = self._table.resolved(input_ids, torch.tensor(rows, device=device))
+            input_ids = self._table.resolved(input_ids, on_device(rows, device))
         sampled = tuple(segment for segment in layout.segments if segment.sample is not None)
         output = self._loaded.model(
             input_ids=input_ids[None],
-            position_ids=torch.tensor([positions], device=device),
+            position_ids=on_device([positions], device),
             use_cache=False,
-            logits_to_keep=torch.tensor(_sampled_rows(layout.segments), device=device, dtype=torch.long),
+            logits_to_keep=on_device(_sampled_rows(layout.segments), device, dtype=torch.long),
             attention_plan=layout.plan,
         )
-        turn_rows = torch.tensor([row_of[segment.turn_id] for segment in sampled], device=device, dtype=torch.long)
+        turn_rows = on_device([row_of[segment.turn_id] for segment in sampled], device, dtype=torch.long)
         return _Forward(output.logits[0], sampled, turn_rows, layout.measured)
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from loopserve.dialogue import PositionLogprobs, SamplingParams, TokenId, TokenLogprob
-from loopserve.host_copy import HostCopy
 from loopserve.plan import SampleOrder
+from loopserve.transfer import HostCopy, on_device
 
 _GREEDY_BELOW = 1e-5  # a lower temperature would leave float32's range and means argmax anyway
 _TOP_WIDTH = 20  # OpenAI's largest `top_logprobs`; a fixed width keeps ties independent of the other rows
@@ -99,20 +99,20 @@ def _process(scores: Tensor, order: SampleOrder) -> None:
     """Apply bans, bias and penalties to one row `[V]`, in place."""
     params, device = order.params, scores.device
     if order.banned_ids:
-        scores[torch.tensor(order.banned_ids, device=device)] = -torch.inf
+        scores.index_fill_(0, on_device(order.banned_ids, device), -torch.inf)
     if params.logit_bias:
         bias = dict(params.logit_bias)
-        scores[torch.tensor(list(bias), device=device)] += torch.tensor(list(bias.values()), device=device)
+        scores[on_device(list(bias), device)] += on_device(list(bias.values()), device)
     if params.repetition_penalty != 1.0:
         seen_ids = list({*order.prompt_ids, *order.output_ids})
         if seen_ids:
-            seen = torch.tensor(seen_ids, device=device)
+            seen = on_device(seen_ids, device)
             values, penalty = scores[seen], params.repetition_penalty
             scores[seen] = torch.where(values < 0, values * penalty, values / penalty)
     if order.output_ids and (params.presence_penalty != 0.0 or params.frequency_penalty != 0.0):
         counts = Counter(order.output_ids)
         penalties = [params.presence_penalty + count * params.frequency_penalty for count in counts.values()]
-        scores[torch.tensor(list(counts), device=device)] -= torch.tensor(penalties, device=device)
+        scores[on_device(list(counts), device)] -= on_device(penalties, device)
 
 
 def _choose(scores: Tensor, orders: Sequence[SampleOrder]) -> Tensor:
@@ -122,8 +122,8 @@ def _choose(scores: Tensor, orders: Sequence[SampleOrder]) -> Tensor:
     if not drawn:
         return token_ids
     device, params = scores.device, [orders[row].params for row in drawn]
-    rows = torch.tensor(drawn, device=device)
-    temperatures = torch.tensor([p.temperature for p in params], device=device)
+    rows = on_device(drawn, device)
+    temperatures = on_device([p.temperature for p in params], device)
     picked = scores[rows]  # a copy, [D, V]
     # Shifted by its maximum first, so that no temperature overflows the likely tokens.
     picked.sub_(picked.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
@@ -140,8 +140,8 @@ def _keep_top_k(scores: Tensor, top_ks: Sequence[int]) -> None:
     asking = [row for row, k in enumerate(top_ks) if 0 < k < scores.shape[-1]]
     if not asking:
         return
-    rows = torch.tensor(asking, device=scores.device)
-    ranks = torch.tensor([top_ks[row] - 1 for row in asking], device=scores.device)
+    rows = on_device(asking, scores.device)
+    ranks = on_device([top_ks[row] - 1 for row in asking], scores.device)
     part = scores[rows]
     largest = part.topk(max(top_ks[row] for row in asking), dim=-1).values
     scores[rows] = part.masked_fill(part < largest.gather(-1, ranks[:, None]), -torch.inf)
@@ -152,8 +152,8 @@ def _keep_top_p(scores: Tensor, top_ps: Sequence[float]) -> None:
     asking = [row for row, p in enumerate(top_ps) if p < 1.0]
     if not asking:
         return
-    rows = torch.tensor(asking, device=scores.device)
-    shares = torch.tensor([top_ps[row] for row in asking], dtype=torch.float64, device=scores.device)
+    rows = on_device(asking, scores.device)
+    shares = on_device([top_ps[row] for row in asking], scores.device, dtype=torch.float64)
     part = scores[rows]
     ordered, ids = part.sort(dim=-1, descending=True, stable=True)
     # float64: over 150 000 entries a float32 sum is off by more than the tail holds.
@@ -168,8 +168,8 @@ def _keep_min_p(scores: Tensor, min_ps: Sequence[float]) -> None:
     asking = [row for row, p in enumerate(min_ps) if p > 0.0]
     if not asking:
         return
-    rows = torch.tensor(asking, device=scores.device)
-    floors = torch.tensor([min_ps[row] for row in asking], device=scores.device).log()
+    rows = on_device(asking, scores.device)
+    floors = on_device([min_ps[row] for row in asking], scores.device).log()
     part = scores[rows]
     scores[rows] = part.masked_fill(part < part.amax(dim=-1, keepdim=True) + floors[:, None], -torch.inf)
 
@@ -178,7 +178,7 @@ def _gumbel_noise(like: Tensor, orders: Sequence[SampleOrder]) -> Tensor:
     """Standard Gumbel noise `[D, V]` float32: entry (r, v) is a hash of row r's (seed, output_index) and v, the same on every device."""
     keys = [_signed(_mix(_mix(order.seed) + order.output_index)) for order in orders]
     ids = torch.arange(1, like.shape[-1] + 1, device=like.device)
-    bits = torch.tensor(keys, device=like.device)[:, None] + ids * _signed(_GOLDEN)  # [D, V] int64, wraps
+    bits = on_device(keys, like.device)[:, None] + ids * _signed(_GOLDEN)  # [D, V] int64, wraps
     bits = (bits ^ _shifted(bits, 30)).mul_(_signed(_MIX_A))
     bits = (bits ^ _shifted(bits, 27)).mul_(_signed(_MIX_B))
     bits ^= _shifted(bits, 31)
@@ -220,7 +220,7 @@ def _raw_logprobs(scores: Tensor, orders: Sequence[SampleOrder]) -> _RawLogprobs
     if not widths:
         return None
     rows = tuple(widths)
-    values = scores[torch.tensor(rows, device=scores.device)].log_softmax(dim=-1)
+    values = scores[on_device(rows, scores.device)].log_softmax(dim=-1)
     return _RawLogprobs(rows, min(max(_TOP_WIDTH, *widths.values()), scores.shape[-1]), values)
 
 
@@ -228,7 +228,7 @@ def _pending(token_ids: Tensor, raw: _RawLogprobs | None, orders: Sequence[Sampl
     """Begin to bring tokens `[R]` and log-probabilities over in one copy: float64 holds ids and float32 values alike, exactly."""
     if raw is None:
         return PendingDraws(token_ids, tuple(orders), 0, HostCopy(token_ids))
-    chosen = raw.values.gather(-1, token_ids[torch.tensor(raw.rows, device=token_ids.device)][:, None])
+    chosen = raw.values.gather(-1, token_ids[on_device(raw.rows, token_ids.device)][:, None])
     top = raw.values.topk(raw.width, dim=-1)
     parts = (token_ids, chosen, top.values, top.indices)
     flat = torch.cat([part.reshape(-1).double() for part in parts])

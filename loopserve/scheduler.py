@@ -10,7 +10,7 @@ running turn. The oldest running turn always advances, so every turn ends.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loopserve.config import BLOCK_TOKENS, EngineConfig
@@ -19,6 +19,8 @@ from loopserve.errors import Overloaded
 from loopserve.kv.cache import KVCache
 from loopserve.methods import DECODE_RULES
 from loopserve.plan import (
+    PENDING_TOKEN,
+    BlockCopy,
     CaptureOrder,
     SampledToken,
     Segment,
@@ -114,15 +116,43 @@ class Scheduler:
         segments.extend(self._admissions(room_tokens))
         if not segments:
             return None
-        self._step_index += 1
-        plan = StepPlan(
-            step_index=self._step_index,
-            copies=self._cache.take_copies(),
-            segments=tuple(segments),
-            ended_turns=tuple(self._left_batch),
+        return self._step(segments, copies=self._cache.take_copies())
+
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after `plan`, which is still running: every turn goes on with the token that `plan` is about to draw.
+
+        None where that cannot be told yet, or would do somebody wrong: a turn computes its prompt or could be admitted, something hangs on
+        what will be drawn or measured, or a block is missing. A turn that ends with that token computes it in vain.
+        """
+        is_settled = (
+            not self._waiting or self._admission_blocked or len(self._running) >= self._config.max_running_turns
         )
+        planned = {segment.turn_id: segment for segment in plan.segments}
+        turns = [turn for turn in self._running if turn.num_outputs + 1 < turn.max_outputs]  # the others end
+        if not is_settled or not turns or not all(t.turn_id in planned and t.can_run_ahead for t in self._running):
+            return None
+        for turn in turns:
+            if not self._cache.reserve(turn.leased_branch.table, planned[turn.turn_id].start + 2):
+                return None
+        return self._step([self._segment_ahead(turn, planned[turn.turn_id]) for turn in turns], copies=())
+
+    def _step(self, segments: Sequence[Segment], *, copies: tuple[BlockCopy, ...]) -> StepPlan:
+        self._step_index += 1
+        plan = StepPlan(self._step_index, copies, tuple(segments), ended_turns=tuple(self._left_batch))
         self._left_batch.clear()
         return plan
+
+    def _segment_ahead(self, turn: Turn, before: Segment) -> Segment:
+        start, table = before.start + 1, turn.leased_branch.table
+        return Segment(
+            turn_id=turn.turn_id,
+            token_ids=(PENDING_TOKEN,),
+            start=start,
+            block_table=table.blocks,
+            table_epoch=table.epoch,
+            decode=self._sparse_decode(turn, start + 1) if turn.decode_sparse else None,
+            sample=turn.sample_order(num_pending=1),
+        )
 
     def apply(self, plan: StepPlan, result: StepResult) -> None:
         """Record what the step computed: commit KV, append tokens, end turns."""
@@ -130,7 +160,9 @@ class Scheduler:
         measured = {quality.turn_id: quality for quality in result.quality}
         turns = {turn.turn_id: turn for turn in self._running}
         for segment in plan.segments:
-            turn = turns[segment.turn_id]
+            turn = turns.get(segment.turn_id)
+            if turn is None:
+                continue  # it ended while this step, planned ahead, was running
             self._account(turn, segment, measured.get(segment.turn_id))
             is_exact = segment.prefill is None and (segment.decode is None or segment.decode.dense)
             self._cache.commit(
@@ -155,6 +187,7 @@ class Scheduler:
             self._waiting.remove(turn)
         usage, output_ids = turn.usage(), tuple(turn.output_ids())
         if turn.session is not None and turn.branch is not None:
+            self._cache.trim(turn.branch.table)  # what a step planned ahead has no use for any more
             self._sessions.give_back(turn.session, turn.branch)
         self._notices.append(Notice(turn, TurnEnded(turn.turn_id, reason, usage, output_ids, error)))
         self._turn_stats.append(
@@ -328,7 +361,6 @@ class Scheduler:
     def _note_choice(self, turn: Turn, context_tokens: int) -> None:
         turn.budget_at_choice = self._budget(turn)
         turn.chosen_at_tokens = context_tokens
-        turn.tally.refreshes += 1
 
     def _sparse_decode(self, turn: Turn, context_tokens: int) -> SparseDecode:
         turn.decode_steps += 1
@@ -337,12 +369,12 @@ class Scheduler:
         choose = rule.choice_due(turn.decode_steps, decode)
         if choose:
             self._note_choice(turn, context_tokens)
-        if turn.leased_branch.sparse_from is None and not turn.window_dense:
-            turn.leased_branch.sparse_from = context_tokens - 1
         measure = rule.measurement_due(turn.decode_steps, decode)
         if turn.policy.min_coverage is not None:
             measure |= decode.promise_due(turn.decode_steps)
-        return SparseDecode(turn.budget_at_choice, measure=measure, choose=choose, dense=turn.window_dense)
+        return SparseDecode(
+            turn.budget_at_choice, turn.chosen_at_tokens, measure=measure, choose=choose, dense=turn.window_dense
+        )
 
     def _budget(self, turn: Turn) -> int:
         wanted = self._config.decode.budget_tokens if turn.policy.budget_tokens is None else turn.policy.budget_tokens
@@ -385,6 +417,12 @@ class Scheduler:
         end = segment.start + num_rows
         if quality is not None:
             turn.tally.add_measured(quality)
+        if (segment.capture is not None and segment.capture.choose) or (
+            segment.decode is not None and segment.decode.choose
+        ):
+            turn.tally.refreshes += 1
+        if segment.decode is not None and not segment.decode.dense and turn.leased_branch.sparse_from is None:
+            turn.leased_branch.sparse_from = segment.start
         if turn.is_decoding:
             self._account_decode(turn, segment, quality, end)
         elif segment.prefill is None:
@@ -397,8 +435,8 @@ class Scheduler:
         if segment.decode is not None:
             step = DecodeStep(
                 context_tokens=context_tokens,
-                chosen_at_tokens=turn.chosen_at_tokens,
-                budget_tokens=turn.budget_at_choice,
+                chosen_at_tokens=segment.decode.chosen_at_tokens,
+                budget_tokens=segment.decode.budget_tokens,
                 choose=segment.decode.choose,
                 measure=segment.decode.measure,
                 dense=segment.decode.dense,

@@ -98,16 +98,23 @@ class Turn:
         to_boundary = chunk_tokens - (self.num_computed - self.start) % chunk_tokens
         return min(to_boundary, len(self.known_ids) - self.num_computed)
 
-    def sample_order(self) -> SampleOrder:
-        """How the next output is drawn."""
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether the step after the next one can be planned before that one's token and measurements are known."""
+        is_free = not _needs_history(self.request.sampling) and self.policy.min_coverage is None
+        return self.is_decoding and is_free
+
+    def sample_order(self, *, num_pending: int = 0) -> SampleOrder:
+        """How the next output is drawn, or the one after `num_pending` more."""
         sampling = self.request.sampling
-        banned = self.end_ids() if self.num_outputs < sampling.min_tokens else ()
+        output_index = self.num_outputs + num_pending
+        banned = self.end_ids() if output_index < sampling.min_tokens else ()
         known = self.known_ids
         has_penalty = _needs_history(sampling)
         return SampleOrder(
             params=sampling,
             seed=self.seed,
-            output_index=self.num_outputs,
+            output_index=output_index,
             prompt_ids=self.request.prompt_ids if has_penalty else (),
             output_ids=known[self.prompt_len :] if has_penalty else (),
             banned_ids=banned,

@@ -14,6 +14,7 @@ from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import TurnId
 from loopserve.plan import NULL_BLOCK, PENDING_TOKEN, Segment
 from loopserve.sparsity.decode import TurnSelection
+from loopserve.transfer import on_device
 
 NO_ROW = 0
 
@@ -87,7 +88,7 @@ class TurnTable:
 
     def _extend(self, row: TurnRow, segment: Segment) -> None:
         table, known = segment.block_table, row.num_blocks
-        fresh = torch.tensor(table[known:], device=self.slots.device)
+        fresh = on_device(table[known:], self.slots.device)
         before = table[max(0, known - 1) : -1]
         row.is_run &= all(b == a + 1 for a, b in zip(before, table[max(1, known) :], strict=True))
         slots = (fresh.unsqueeze(1) * BLOCK_TOKENS + self._offsets).flatten()

@@ -196,7 +196,7 @@ class Answers:
         if choose:
             self._chosen_at = context_tokens
         measure = rule.measurement_due(self._num_launched, decode)
-        return SparseDecode(decode.budget_tokens, measure=measure, choose=choose, dense=False)
+        return SparseDecode(decode.budget_tokens, self._chosen_at, measure=measure, choose=choose, dense=False)
 
     def _read_tokens(self, order: SparseDecode | None, context_tokens: int) -> float:
         if order is None or self._decode is None:

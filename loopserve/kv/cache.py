@@ -145,6 +145,14 @@ class KVCache:
             table.blocks.append(block)
         return True
 
+    def trim(self, table: BlockTable) -> None:
+        """Give back the blocks that were reserved and hold nothing computed."""
+        num_used = -(-table.num_tokens // BLOCK_TOKENS)
+        if num_used < len(table.blocks):
+            self._release(table.blocks[num_used:])
+            del table.blocks[num_used:]
+            table.epoch += 1
+
     def commit(self, table: BlockTable, token_ids: Sequence[TokenId], *, num_tokens: int, exact: bool) -> None:
         """Record that `token_ids[table.num_tokens:num_tokens]` are now computed; `exact`: by rows that read everything."""
         assert table.num_tokens <= num_tokens <= len(table.blocks) * BLOCK_TOKENS, "commit outside the reserved room"

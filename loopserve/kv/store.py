@@ -12,6 +12,7 @@ import torch
 from loopserve.config import BLOCK_TOKENS
 from loopserve.kernels.sketch import KeySketch, sketch_bytes
 from loopserve.plan import BlockCopy, BlockId
+from loopserve.transfer import on_device
 
 
 class KVStore:
@@ -52,7 +53,7 @@ class KVStore:
     def erase_blocks(self, blocks: Sequence[BlockId]) -> None:
         """Zero whole blocks in every layer; they are zero when this returns."""
         device = self.keys[0].device
-        starts = torch.tensor(blocks, dtype=torch.long, device=device).unsqueeze(1) * BLOCK_TOKENS
+        starts = on_device(blocks, device, dtype=torch.long).unsqueeze(1) * BLOCK_TOKENS
         slots = (starts + torch.arange(BLOCK_TOKENS, device=device)).flatten()  # [blocks * 16]
         for pool in self._pools():
             pool.index_fill_(0, slots, 0)

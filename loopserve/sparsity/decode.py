@@ -16,6 +16,7 @@ from loopserve.config import DecodeSparsity
 from loopserve.kernels import KeySketch, LeftOut, sketch_scores, token_scores
 from loopserve.methods import DecodeRule
 from loopserve.sparsity.observation import Observation, summed_per_list
+from loopserve.transfer import on_device
 
 _ROWS_AT_A_TIME = 64  # of a prefill chunk when weights are added up: bounds the intermediate [G, rows, N]
 
@@ -202,9 +203,7 @@ class TurnSelection:
         """What the layer offers to a choice now, the recorded rows newest first."""
         rows, newest = self._num_rows, self._num_recorded[layer] - 1
         num_kept = min(self._num_recorded[layer], rows)
-        ring = torch.tensor(
-            [(newest - back) % rows for back in range(num_kept)], dtype=torch.int64, device=slots.device
-        )
+        ring = on_device([(newest - back) % rows for back in range(num_kept)], slots.device, dtype=torch.int64)
         return Observation(
             layout=self._method.rule.layout(slots.shape[0], budget_tokens, self.config),
             queries=self._queries[layer].index_select(0, ring),

@@ -41,10 +41,10 @@ class FixedLines:
         if alpha >= 1.0:
             return every_tile(grid, num_heads, mass.device)
         columns = mass.sum(dim=1)
-        columns[:, :_FORCED_COLUMNS] = torch.inf
+        columns[:, :_FORCED_COLUMNS].fill_(torch.inf)
         columns = columns.topk(_count(config.fixed_columns, _LEAST_COLUMNS, num_columns, config), dim=1).indices
         offsets = offset_mass(mass, num_columns)
-        offsets[:, :_FORCED_DIAGONALS] = torch.inf
+        offsets[:, :_FORCED_DIAGONALS].fill_(torch.inf)
         offsets = offsets.topk(_count(config.fixed_diagonals, _LEAST_DIAGONALS, num_columns, config), dim=1).indices
         verticals = torch.zeros((num_heads, num_columns), dtype=torch.bool, device=mass.device)
         return LineSelection(tiles_of(offsets, grid), verticals.scatter_(1, columns, True))

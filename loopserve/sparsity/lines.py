@@ -48,14 +48,14 @@ def _union(mass: Tensor, grid: TileGrid, *, alpha: float, num_sinks: int, local:
        is not added: one heavy column would else pull in every tile that it crosses.
     3. Columns by the weight that no chosen tile holds, heaviest first, until tiles and columns together hold alpha.
     """
-    target = alpha * mass.sum(dim=(1, 2))  # [H]
+    total = mass.sum(dim=(1, 2))  # [H]
     vertical = _vertical_mass(mass)  # [H, N]
     tau = coverage_threshold(vertical, alpha * vertical.sum(dim=1))[:, None]  # [H, 1]
     held_anyway = vertical.masked_fill(vertical < tau, 0.0) / mass.shape[1]  # by verticals, in each query tile
-    added = (mass - _CHANCE * held_anyway[:, None]).clamp(min=0.0)
-    tiles = best_tiles(mass, added, grid, target=target, local=local, least_gain=tau)
+    added = (mass - _CHANCE * held_anyway[:, None]).clamp_(min=0.0)
+    tiles = best_tiles(mass, added, grid, target=alpha * total, local=local, least_gain=tau)
     outside = _outside(mass, tiles, grid)
-    return with_columns(outside, target - (mass.sum(dim=(1, 2)) - outside.sum(dim=1)), tiles, num_sinks)
+    return with_columns(outside, alpha * total - (total - outside.sum(dim=1)), tiles, num_sinks)
 
 
 def _vertical_mass(mass: Tensor) -> Tensor:
@@ -78,8 +78,7 @@ def best_tiles(
     compares with a column's weight.
     """
     weight = grid.along_diagonals(grid.per_key_tile(mass))  # [H, T]
-    cells = grid.along_diagonals(grid.tile_cells(mass.device))
-    gain = grid.along_diagonals(grid.per_key_tile(added)) * grid.num_rows / cells
+    gain = grid.along_diagonals(grid.per_key_tile(added)) * grid.num_rows / grid.diagonal_cells(mass.device)
     order = gain.masked_fill(local, torch.inf).argsort(dim=1, descending=True)
     num_needed = _num_until(weight.gather(1, order), target)
     needed = torch.arange(grid.num_diagonals, device=mass.device) < num_needed[:, None]
@@ -88,20 +87,17 @@ def best_tiles(
 
 def _outside(mass: Tensor, tiles: Tensor, grid: TileGrid) -> Tensor:
     """Weight of each column that no chosen tile holds, [H, N]."""
-    diagonal = grid.diagonal(mass.device).clamp(min=0)  # the future carries no weight, so its clamp does not matter
-    key_tile = grid.key_tile(torch.arange(grid.num_columns, device=mass.device))
-    outside = torch.zeros_like(mass[:, 0])
-    for query_tile in range(grid.num_query_tiles):  # one [H, N] at a time, not [H, Q, N]
-        outside += mass[:, query_tile].masked_fill(tiles[:, diagonal[query_tile, key_tile]], 0.0)
-    return outside
+    left = grid.per_column((~grid.along_tiles(tiles)).to(mass.dtype))  # [H, Q, N], 0 or 1
+    return (left * mass).sum(dim=1)
 
 
 def with_columns(weight: Tensor, missing: Tensor, tiles: Tensor, num_sinks: int) -> LineSelection:
     """Add the sinks, then columns by `weight` [H, N], heaviest first, until `missing` [H] is held."""
+    in_sinks = weight[:, :num_sinks].sum(dim=1)
     others = weight.clone()
-    others[:, :num_sinks] = 0.0
-    verticals = others >= coverage_threshold(others, missing - weight[:, :num_sinks].sum(dim=1))[:, None]
-    verticals[:, :num_sinks] = True
+    others[:, :num_sinks].zero_()
+    verticals = others >= coverage_threshold(others, missing - in_sinks)[:, None]
+    verticals[:, :num_sinks].fill_(True)
     return LineSelection(tiles, verticals)
 
 

@@ -1,9 +1,11 @@
 """Phase 1 of one segment in one layer: sample rows, choose lines, measure them on other rows, attend. Hop 8 of the turn.
 
 Owns the order of these steps and the fallback to dense heads. Knows nothing about how a method chooses (`lines.py`, `a_shape.py`) nor
-about models and sessions. Source: phase 1 of arXiv 2507.13681.
+about models and sessions. The host queues a layer and never waits for it: what the lines came to is known to the device alone, and what
+the layers of a chunk have in common is copied there once. Source: phase 1 of arXiv 2507.13681.
 """
 
+import functools
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -14,8 +16,8 @@ from torch import Tensor
 from loopserve.config import PrefillSparsity
 from loopserve.kernels import line_scores, sparse_prefill
 from loopserve.plan import SparsePrefill
-from loopserve.sparsity.grid import LineSelection, TileGrid
-from loopserve.sparsity.rows import RowSample, sample_rows
+from loopserve.sparsity.grid import CHUNKS_KEPT, LineSelection, TileGrid
+from loopserve.sparsity.rows import sample_rows
 
 
 class Mass(Enum):
@@ -27,7 +29,7 @@ class Mass(Enum):
 
 
 class PrefillMethod(Protocol):
-    """A way to choose lines; stateless."""
+    """A way to choose lines; stateless, and without waiting for the device: a choice is made of tensors whose shapes it does not decide."""
 
     @property
     def mass(self) -> Mass:
@@ -78,15 +80,14 @@ def attend(
     """
     config = method.settings(config)
     grid = TileGrid(start, query.shape[0], config.tile_tokens)
-    rows = sample_rows(grid.num_rows, config, order.seed)
-    chosen_by, measured_by = _sampled_mass(query, key_pool, slots, grid, rows, config, method, scale=scale)
+    sample = _sample(grid, config, method.mass, order.seed, query.device)
+    chosen_by, measured_by = _sampled_mass(query, key_pool, slots, sample, scale=scale)
     selection = method.choose(chosen_by, start=start, num_rows=grid.num_rows, alpha=order.alpha, config=config)
     cells = selection.num_cells(grid, dense_last_rows=config.dense_last_rows)
     dense = cells > config.dense_head_share * grid.num_cells
     coverage = None
-    if rows.heldout:
-        num_read_densely = len(rows.heldout) - len(_sparse_rows(rows.heldout, grid, config))
-        coverage = (selection.held_mass(measured_by, grid) + num_read_densely) / len(rows.heldout)
+    if sample.num_heldout:
+        coverage = (selection.held_mass(measured_by, grid) + sample.num_read_densely) / sample.num_heldout
         if order.min_coverage is not None:
             dense = dense | (coverage < order.min_coverage)
         coverage = coverage.masked_fill(dense, 1.0).clamp(max=1.0)
@@ -112,37 +113,55 @@ def attend(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """The rows of a chunk that are scored: first those that choose, in their groups, then those that measure, a group a query tile."""
+
+    rows: Tensor  # int64 [R], in the chunk
+    positions: Tensor  # int64 [R]
+    groups: Tensor  # int64 [R]
+    num_choosing_groups: int
+    num_groups: int
+    num_heldout: int  # those that are among the chunk's dense last rows included, ...
+    num_read_densely: int  # ... which need not be scored
+
+
+@functools.lru_cache(maxsize=CHUNKS_KEPT)
+def _sample(grid: TileGrid, config: PrefillSparsity, mass: Mass, seed: int, device: torch.device) -> _Sample:
+    """Drawn and copied once for all layers of a chunk; pinned, or the copy would wait for all that the device has queued."""
+    drawn = sample_rows(grid.num_rows, config, seed)
+    select = () if mass is Mass.NONE else drawn.select
+    heldout = [row for row in drawn.heldout if row < grid.num_rows - config.dense_last_rows]
+    per_row = mass is Mass.PER_ROW
+    num_choosing = len(select) if per_row else grid.num_query_tiles
+    groups = list(range(num_choosing)) if per_row else [row // grid.tile_tokens for row in select]
+    groups += [num_choosing + row // grid.tile_tokens for row in heldout]
+    rows = [*select, *heldout]
+    numbers = [rows, [grid.start + row for row in rows], groups]
+    on_host = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    on_device = on_host.to(device, non_blocking=True)
+    return _Sample(
+        rows=on_device[0],
+        positions=on_device[1],
+        groups=on_device[2],
+        num_choosing_groups=num_choosing,
+        num_groups=num_choosing + grid.num_query_tiles,
+        num_heldout=len(drawn.heldout),
+        num_read_densely=len(drawn.heldout) - len(heldout),
+    )
+
+
 def _sampled_mass(
-    query: Tensor,
-    key_pool: Tensor,
-    slots: Tensor,
-    grid: TileGrid,
-    rows: RowSample,
-    config: PrefillSparsity,
-    method: PrefillMethod,
-    *,
-    scale: float,
+    query: Tensor, key_pool: Tensor, slots: Tensor, sample: _Sample, *, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Dense weights of the choosing rows, as the method wants them, and of the measuring rows, [H, Q, N], in one pass over the keys."""
-    select = () if method.mass is Mass.NONE else rows.select
-    heldout = _sparse_rows(rows.heldout, grid, config)
-    per_row = method.mass is Mass.PER_ROW
-    num_select = len(select) if per_row else grid.num_query_tiles
-    groups = list(range(num_select)) if per_row else [row // grid.tile_tokens for row in select]
-    groups += [num_select + row // grid.tile_tokens for row in heldout]
-    sampled = torch.tensor((*select, *heldout), dtype=torch.int64, device=query.device)
     mass = line_scores(
-        query.index_select(0, sampled),
+        query.index_select(0, sample.rows),
         key_pool,
         slots,
-        sampled + grid.start,
-        groups=torch.tensor(groups, dtype=torch.int64, device=query.device),
-        num_groups=num_select + grid.num_query_tiles,
+        sample.positions,
+        groups=sample.groups,
+        num_groups=sample.num_groups,
         scale=scale,
     )
-    return mass[:, :num_select], mass[:, num_select:]
-
-
-def _sparse_rows(rows: tuple[int, ...], grid: TileGrid, config: PrefillSparsity) -> tuple[int, ...]:
-    """Those of `rows` that are not among the chunk's dense last rows."""
-    return tuple(row for row in rows if row < grid.num_rows - config.dense_last_rows)
+    return mass[:, : sample.num_choosing_groups], mass[:, sample.num_choosing_groups :]

@@ -94,21 +94,26 @@ class Conversation:
         copies = self._share(start)
         capture = None if budget_tokens is None else CaptureOrder(decode, choose=True, budget_tokens=budget_tokens)
         self._compute(start - num_observed, start, copies=copies, capture=capture)
-        seconds, results = 0.0, []
+        seconds, results, order = 0.0, [], None
         for index in range(num_steps):
             at = start + index
-            order = None if budget_tokens is None else self._decode_order(index + 1, budget_tokens)
+            if budget_tokens is not None:
+                chosen_at = start if order is None else order.chosen_at_tokens
+                order = self._decode_order(index + 1, budget_tokens, context_tokens=at + 1, chosen_at_tokens=chosen_at)
             step_s, result = self._timed(at, at + 1, decode=order, sample=_GREEDY)
             seconds += step_s
             results.append(result)
         return seconds / num_steps, results
 
-    def _decode_order(self, decode_step: int, budget_tokens: int) -> SparseDecode:
-        """What a scheduler orders for a turn that asks for no coverage."""
+    def _decode_order(
+        self, decode_step: int, budget_tokens: int, *, context_tokens: int, chosen_at_tokens: int
+    ) -> SparseDecode:
+        """What a scheduler orders for a turn that asks for no coverage and last chose at `chosen_at_tokens`."""
         decode = self._config.decode
         rule = DECODE_RULES[decode.method]
         choose, measure = rule.choice_due(decode_step, decode), rule.measurement_due(decode_step, decode)
-        return SparseDecode(budget_tokens, measure=measure, choose=choose, dense=False)
+        chosen_at_tokens = context_tokens if choose else chosen_at_tokens
+        return SparseDecode(budget_tokens, chosen_at_tokens, measure=measure, choose=choose, dense=False)
 
     def _begin(self, *, rows: int, start: int) -> None:
         """End the turns before, begin one in each of so many rows. The first row is about to differ from the others from `start` on."""

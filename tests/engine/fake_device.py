@@ -16,7 +16,7 @@ from loopserve.dialogue import Mode, SessionId, TokenId, TokensGenerated, TurnEn
 from loopserve.engine import Engine
 from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel
-from loopserve.plan import NULL_BLOCK, SampledToken, Segment, SegmentQuality, StepPlan, StepResult
+from loopserve.plan import NULL_BLOCK, PENDING_TOKEN, SampledToken, Segment, SegmentQuality, StepPlan, StepResult
 from loopserve.runner import Finished
 from loopserve.stats import StepStats, TurnStats
 from loopserve.turn import Turn
@@ -80,6 +80,7 @@ class FakeDevice:
     plans: list[StepPlan] = field(default_factory=list)
     before_run: Callable[[StepPlan], None] = lambda plan: None
     _tables: dict[TurnId, tuple[int, list[int]]] = field(default_factory=dict)  # epoch and blocks, as last read
+    _drawn: dict[TurnId, TokenId] = field(default_factory=dict)
     _captured: set[TurnId] = field(default_factory=set)
     _chosen: set[TurnId] = field(default_factory=set)
 
@@ -110,6 +111,7 @@ class FakeDevice:
             if order is not None:
                 token = drawn_token(last.digest, order.seed, order.output_index, order.banned_ids)
                 tokens.append(SampledToken(segment.turn_id, token))
+                self._drawn[segment.turn_id] = token
             if segment.prefill is not None or segment.decode is not None:
                 quality.append(self._measured(segment, last.digest))
         return StepResult(tokens=tuple(tokens), quality=tuple(quality))
@@ -131,10 +133,13 @@ class FakeDevice:
         return [self.slots.get(_slot(blocks, position)) for position in range(num_tokens)]
 
     def _compute(self, segment: Segment, turn: Turn) -> Slot:
-        known = turn.known_ids
-        start, end = segment.start, segment.start + len(segment.token_ids)
+        known, token_ids = turn.known_ids, list(segment.token_ids)
+        start, end = segment.start, segment.start + len(token_ids)
+        if token_ids == [PENDING_TOKEN]:  # drawn by the step before, which is not applied yet
+            known = token_ids = [*known, self._drawn[turn.turn_id]]
+            token_ids = token_ids[-1:]
         assert start < end <= len(known), "a segment computes known tokens, at least one"
-        assert list(segment.token_ids) == known[start:end], "rows are not the turn's tokens at these positions"
+        assert token_ids == known[start:end], "rows are not the turn's tokens at these positions"
         assert len(segment.block_table) * BLOCK_TOKENS >= end, "the block table does not cover the rows"
         assert (segment.sample is not None) == (end == len(known)), "drawn from exactly the last known token's row"
         table = self._table_as_read(segment)

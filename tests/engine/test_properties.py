@@ -70,10 +70,12 @@ class Dialogues(RuleBasedStateMachine):
         max_running=st.integers(1, 4),
         reuse=st.sampled_from([True, True, True, False]),
         chunk_tokens=st.sampled_from([16, 24, 48]),
+        launch_ahead=st.booleans(),
     )
     @precondition(lambda self: not hasattr(self, "engine"))
-    def build(self, kv_blocks, max_running, reuse, chunk_tokens):
+    def build(self, kv_blocks, max_running, reuse, chunk_tokens, launch_ahead):
         config = small_config(kv_blocks=kv_blocks, max_running_turns=max_running, reuse=reuse, max_queue_s=100.0)
+        config = replace(config, launch_ahead=launch_ahead)
         config = replace(config, prefill=replace(config.prefill, chunk_tokens=chunk_tokens))
         self.engine, self.device = fake_engine(config, clock=self.clock)
         self.config = config

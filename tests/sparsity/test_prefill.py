@@ -1,9 +1,13 @@
 """Phase 1 of one segment from rows to output."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopserve.config import PrefillSparsity
 from loopserve.plan import SparsePrefill
@@ -16,6 +20,7 @@ from loopserve.sparsity import (
     attend,
     sample_rows,
 )
+from loopserve.sparsity import prefill as prefill_module
 from tests.sparsity.conftest import NUM_HEADS, SCALE, Context, random_context
 from tests.sparsity.test_lines import read_mask
 
@@ -131,3 +136,80 @@ def test_the_same_order_computes_the_same_output():
     context = random_context(100, 64, sharpness=3.0)
     first, second = (run(context, PREFILL_METHODS["lines"]) for _ in range(2))
     assert torch.equal(first.output, second.output)
+
+
+class QueueOnly(TorchDispatchMode):
+    """Refuses what makes a host wait for a device, or copies to it: numbers read back, shapes that depend on data, host lists."""
+
+    REFUSED = frozenset(
+        f"aten::{name}"
+        for name in (
+            "_local_scalar_dense",
+            "is_nonzero",
+            "equal",
+            "nonzero",
+            "nonzero_numpy",
+            "masked_select",
+            "_unique2",
+            "unique_dim",
+            "repeat_interleave",
+            "lift_fresh",
+        )
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_open = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> object:
+        if not self.is_open:
+            assert func._schema.name not in self.REFUSED, f"{func} makes the host wait"
+            if func._schema.name.startswith("aten::index"):  # a mask as an index is counted on the host
+                indices = args[1] if isinstance(args[1], list | tuple) else ()
+                assert all(index is None or index.dtype == torch.int64 for index in indices), "a mask as an index"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "read_back",
+    [
+        lambda mask: int(mask.sum()),
+        lambda mask: mask.nonzero(),
+        lambda mask: mask[mask],
+        lambda mask: bool(mask.any()),
+        lambda mask: torch.tensor([1, 2]),
+    ],
+)
+def test_what_waits_for_a_device_is_refused(read_back: Any):
+    with QueueOnly(), pytest.raises(AssertionError):
+        read_back(torch.ones(3) > 0)
+
+
+@pytest.mark.parametrize("method", PREFILL_METHODS)
+@pytest.mark.parametrize(("alpha", "min_coverage"), [(0.6, None), (0.6, 0.7), (1.0, None)])
+def test_a_layer_is_queued_without_waiting_and_only_a_chunks_first_one_copies(
+    method: str, alpha: float, min_coverage: float | None, monkeypatch: pytest.MonkeyPatch
+):
+    queue_only = QueueOnly()
+    attended: list[LineSelection] = []
+
+    def scores(*args: Any, **kwargs: Any) -> Tensor:
+        queue_only.is_open = True  # references may look at their tensors: they lie on the host
+        mass = line_scores(*args, **kwargs)
+        queue_only.is_open = False
+        return mass
+
+    def record(query: Tensor, *_: Tensor, tiles: Tensor, verticals: Tensor, **__: object) -> Tensor:
+        attended.append(LineSelection(tiles, verticals))
+        return query
+
+    line_scores = prefill_module.line_scores
+    monkeypatch.setattr(prefill_module, "line_scores", scores)
+    monkeypatch.setattr(prefill_module, "sparse_prefill", record)
+    layers = [random_context(93, 61, seed, sharpness=3.0) for seed in range(2)]
+    run(layers[0], PREFILL_METHODS[method], alpha=alpha, min_coverage=min_coverage)
+    with queue_only:
+        run(layers[1], PREFILL_METHODS[method], alpha=alpha, min_coverage=min_coverage)
+    assert len(attended) == 2 and attended[1].verticals.shape == (NUM_HEADS, 154)
