@@ -98,7 +98,7 @@ class ModelRunner:
         # Triton launches on the device that is current, whatever its tensors lie on.
         is_cuda = loaded.device.type == "cuda"
         self._on_device = torch.cuda.device(loaded.device) if is_cuda else contextlib.nullcontext()
-        self._store = KVStore(
+        self.store = KVStore(  # of every turn; tests and benchmarks look at it, too
             num_layers=loaded.num_layers,
             num_blocks=num_blocks,
             num_kv_heads=loaded.num_kv_heads,
@@ -115,10 +115,10 @@ class ModelRunner:
             value_shape=(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim) if wants_means else None,
             device=loaded.device,
         )
-        self._layouts = LayoutBuilder(loaded, config, self._store, self._table)
+        self._layouts = LayoutBuilder(loaded, config, self.store, self._table)
         if capture is None and is_cuda and config.cuda_graphs:
             capture = CudaCapture()
-        self._graphs = None if capture is None else DecodeGraphs(loaded, config, self._store, self._table, capture)
+        self._graphs = None if capture is None else DecodeGraphs(loaded, config, self.store, self._table, capture)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -131,7 +131,7 @@ class ModelRunner:
 
     def _launch(self, plan: StepPlan) -> Launched:
         self._table.release(plan.ended_turns)
-        self._store.copy_blocks(plan.copies)
+        self.store.copy_blocks(plan.copies)
         placed = [self._layouts.place(segment) for segment in plan.segments]
         shape = None if self._graphs is None else self._graphs.shape_of(placed)
         if self._graphs is not None and shape is not None:
@@ -153,7 +153,7 @@ class ModelRunner:
     @torch.inference_mode()
     def erase(self, blocks: Sequence[BlockId]) -> None:
         """Zero blocks that nobody holds, after all that was launched. Mutates the KV pool."""
-        self._store.erase_blocks(blocks)
+        self.store.erase_blocks(blocks)
 
     def _forward(self, placed: Sequence[Placed]) -> _Forward:
         layout = self._layouts.build(placed)

@@ -17,20 +17,9 @@ from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import FinishReason, Mode, TokensGenerated, TurnEnded, TurnEvent, TurnId, TurnStarted
 from loopserve.errors import Overloaded
 from loopserve.kv.cache import KVCache
-from loopserve.methods import DECODE_RULES
-from loopserve.plan import (
-    PENDING_TOKEN,
-    BlockCopy,
-    CaptureOrder,
-    SampledToken,
-    Segment,
-    SegmentQuality,
-    SparseDecode,
-    SparsePrefill,
-    StepPlan,
-    StepResult,
-)
-from loopserve.reads import DecodeStep, ModelShape, kept_tokens, read_tokens
+from loopserve.orders import account, segment_ahead, segment_of
+from loopserve.plan import BlockCopy, SampledToken, Segment, StepPlan, StepResult
+from loopserve.reads import ModelShape
 from loopserve.sessions import SessionTable
 from loopserve.stats import StepStats, TokenGap, TurnStats
 from loopserve.turn import Turn
@@ -60,7 +49,6 @@ class Scheduler:
         self._cache = cache
         self._sessions = sessions
         self._shape = shape
-        self._num_planes = shape.num_layers * shape.num_heads  # the unit in which attention cells are counted
         self._clock = clock
         self._waiting: deque[Turn] = deque()
         self._running: list[Turn] = []  # oldest first
@@ -134,25 +122,14 @@ class Scheduler:
         for turn in turns:
             if not self._cache.reserve(turn.leased_branch.table, planned[turn.turn_id].start + 2):
                 return None
-        return self._step([self._segment_ahead(turn, planned[turn.turn_id]) for turn in turns], copies=())
+        segments = [segment_ahead(turn, planned[turn.turn_id], budget_tokens=self._budget(turn)) for turn in turns]
+        return self._step(segments, copies=())
 
     def _step(self, segments: Sequence[Segment], *, copies: tuple[BlockCopy, ...]) -> StepPlan:
         self._step_index += 1
         plan = StepPlan(self._step_index, copies, tuple(segments), ended_turns=tuple(self._left_batch))
         self._left_batch.clear()
         return plan
-
-    def _segment_ahead(self, turn: Turn, before: Segment) -> Segment:
-        start, table = before.start + 1, turn.leased_branch.table
-        return Segment(
-            turn_id=turn.turn_id,
-            token_ids=(PENDING_TOKEN,),
-            start=start,
-            block_table=table.blocks,
-            table_epoch=table.epoch,
-            decode=self._sparse_decode(turn, start + 1) if turn.decode_sparse else None,
-            sample=turn.sample_order(num_pending=1),
-        )
 
     def apply(self, plan: StepPlan, result: StepResult) -> None:
         """Record what the step computed: commit KV, append tokens, end turns."""
@@ -163,7 +140,7 @@ class Scheduler:
             turn = turns.get(segment.turn_id)
             if turn is None:
                 continue  # it ended while this step, planned ahead, was running
-            self._account(turn, segment, measured.get(segment.turn_id))
+            account(turn, segment, measured.get(segment.turn_id), self._shape)
             is_exact = segment.prefill is None and (segment.decode is None or segment.decode.dense)
             self._cache.commit(
                 turn.leased_branch.table,
@@ -317,64 +294,10 @@ class Scheduler:
         num_rows = 1 if is_decoding else turn.next_chunk_len(turn.policy.prefill.chunk_tokens)
         if not is_decoding and num_rows > room_tokens:
             return None
-        start = turn.num_computed
-        end = start + num_rows
+        end = turn.num_computed + num_rows
         if not self._reserve(turn, end):
             return None
-        is_last = end == len(turn.known_ids)
-        decode = self._sparse_decode(turn, end) if is_decoding and turn.decode_sparse else None
-        table = turn.leased_branch.table
-        return Segment(
-            turn_id=turn.turn_id,
-            token_ids=turn.known_ids[start:end],
-            start=start,
-            block_table=table.blocks,
-            table_epoch=table.epoch,
-            prefill=None if is_decoding else self._sparse_prefill(turn, start, end),
-            decode=decode,
-            capture=None if is_decoding else self._capture(turn, end),
-            sample=turn.sample_order() if is_last else None,
-        )
-
-    def _sparse_prefill(self, turn: Turn, start: int, end: int) -> SparsePrefill | None:
-        if not turn.policy.prefill_is_sparse(end):
-            return None
-        chunk_index = (start - turn.start) // turn.policy.prefill.chunk_tokens
-        return SparsePrefill(
-            method=turn.policy.prefill.method,
-            alpha=turn.policy.prefill.alpha,
-            min_coverage=turn.policy.min_coverage,
-            seed=turn.seed + chunk_index,
-        )
-
-    def _capture(self, turn: Turn, end: int) -> CaptureOrder | None:
-        """Whether a chunk that ends at `end` holds rows that the first choice wants; at the prefill's end it is made."""
-        decode, num_known = turn.policy.decode, len(turn.known_ids)
-        is_observed = end > num_known - DECODE_RULES[decode.method].num_observed_rows(decode)
-        choose = end == num_known
-        if not turn.decode_sparse or not (choose or is_observed):
-            return None
-        if choose:
-            self._note_choice(turn, end)
-        return CaptureOrder(decode, choose=choose, budget_tokens=self._budget(turn))
-
-    def _note_choice(self, turn: Turn, context_tokens: int) -> None:
-        turn.budget_at_choice = self._budget(turn)
-        turn.chosen_at_tokens = context_tokens
-
-    def _sparse_decode(self, turn: Turn, context_tokens: int) -> SparseDecode:
-        turn.decode_steps += 1
-        decode = turn.policy.decode
-        rule = DECODE_RULES[decode.method]
-        choose = rule.choice_due(turn.decode_steps, decode)
-        if choose:
-            self._note_choice(turn, context_tokens)
-        measure = rule.measurement_due(turn.decode_steps, decode)
-        if turn.policy.min_coverage is not None:
-            measure |= decode.promise_due(turn.decode_steps)
-        return SparseDecode(
-            turn.budget_at_choice, turn.chosen_at_tokens, measure=measure, choose=choose, dense=turn.window_dense
-        )
+        return segment_of(turn, end, budget_tokens=self._budget(turn))
 
     def _budget(self, turn: Turn) -> int:
         wanted = self._config.decode.budget_tokens if turn.policy.budget_tokens is None else turn.policy.budget_tokens
@@ -411,44 +334,6 @@ class Scheduler:
                 FinishReason.ERROR,
                 error=f"The turn waited {limit_s:.0f} s for a place in the batch; try again later.",
             )
-
-    def _account(self, turn: Turn, segment: Segment, quality: SegmentQuality | None) -> None:
-        num_rows = len(segment.token_ids)
-        end = segment.start + num_rows
-        if quality is not None:
-            turn.tally.add_measured(quality)
-        if (segment.capture is not None and segment.capture.choose) or (
-            segment.decode is not None and segment.decode.choose
-        ):
-            turn.tally.refreshes += 1
-        if segment.decode is not None and not segment.decode.dense and turn.leased_branch.sparse_from is None:
-            turn.leased_branch.sparse_from = segment.start
-        if turn.is_decoding:
-            self._account_decode(turn, segment, quality, end)
-        elif segment.prefill is None:
-            turn.tally.add_dense_prefill(start=segment.start, num_rows=num_rows, num_planes=self._num_planes)
-
-    def _account_decode(
-        self, turn: Turn, segment: Segment, quality: SegmentQuality | None, context_tokens: int
-    ) -> None:
-        kept = read = float(context_tokens)
-        if segment.decode is not None:
-            step = DecodeStep(
-                context_tokens=context_tokens,
-                chosen_at_tokens=segment.decode.chosen_at_tokens,
-                budget_tokens=segment.decode.budget_tokens,
-                choose=segment.decode.choose,
-                measure=segment.decode.measure,
-                dense=segment.decode.dense,
-            )
-            kept = kept_tokens(step, turn.policy.decode, self._shape)
-            read = read_tokens(step, turn.policy.decode, self._shape)
-        turn.tally.add_decode_step(kept_tokens=kept, read_tokens=read, context_tokens=context_tokens)
-        least = turn.policy.min_coverage
-        if segment.decode is not None and quality is not None and quality.coverage_count and least is not None:
-            # Measured on the window that just ended; the one that this refresh began is decided by it, from the next step on.
-            turn.window_dense = quality.coverage_sum / quality.coverage_count < least
-            turn.tally.dense_fallbacks += turn.window_dense
 
     def _append(self, turn: Turn, token: SampledToken) -> None:
         turn.known_ids.append(token.token_id)

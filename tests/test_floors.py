@@ -25,7 +25,7 @@ MAP = """\
 6 | loopserve/engine.py loopserve/chat.py | loopserve/bench/* loopserve/chunks.py*
 5 | loopserve/runner.py | loopserve/memory.py*
 4 | loopserve/attention.py loopserve/layout.py loopserve/graphs.py loopserve/turn_table.py \
-loopserve/loading.py loopserve/sampler.py | loopserve/scheduler.py* loopserve/turn.py*
+loopserve/loading.py loopserve/sampler.py | loopserve/scheduler.py* loopserve/orders.py* loopserve/turn.py*
 3 | loopserve/sparsity/ | loopserve/sessions.py* loopserve/quality.py* loopserve/admission.py* \
 loopserve/detokenizer.py* loopserve/transcripts.py*
 2 | loopserve/kv/__init__.py* loopserve/kv/pool.py* loopserve/kv/cache.py* loopserve/kv/store.py loopserve/transfer.py

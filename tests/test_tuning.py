@@ -92,13 +92,13 @@ def test_each_row_of_a_conversation_has_the_kv_of_the_first(loaded):
     conversation.chunk(60, 76, sparse=SparsePrefill("lines", alpha=0.5, min_coverage=None, seed=0))
     conversation.extend(60, 70)
     conversation.answer(70, 2, budget_tokens=None)
-    store, slots = conversation._runner._store, []
+    store, slots = conversation._runner.store, []
     for table in conversation._tables:
         slots.append(torch.tensor([block * BLOCK_TOKENS + at for block in table for at in range(BLOCK_TOKENS)][:72]))
     exact = Conversation(loaded, CONFIG, ids, scattered=False)
     exact.extend(0, 72)
     wanted = torch.arange(72) + BLOCK_TOKENS * exact._tables[0][0]
-    reference = exact._runner._store
+    reference = exact._runner.store
     for pool, right in zip((*store.keys, *store.values), (*reference.keys, *reference.values), strict=True):
         for own in slots:
             torch.testing.assert_close(pool[own], right[wanted], atol=1e-4, rtol=1e-4)

@@ -47,7 +47,13 @@ def model_flags() -> dict[str, int]:
 def build_weights(size: ModelSize, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """Float32 weights, every layer's output at its input's scale."""
     model = _model(size, "sdpa")
-    generator = torch.Generator().manual_seed(seed)
+    fill_at_random(model, size, torch.Generator().manual_seed(seed))
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
+
+
+def fill_at_random(model: torch.nn.Module, size: ModelSize, generator: torch.Generator) -> None:
+    """Draw the matrices so that activations keep their size, and let `size.verticals` bias the queries. Mutates the model."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -55,22 +61,20 @@ def build_weights(size: ModelSize, *, seed: int = 0) -> dict[str, torch.Tensor]:
             elif name.endswith("bias"):
                 parameter.zero_()
             if name.endswith("q_proj.bias"):
-                parameter.view(size.heads, -1)[:, _slow_dims(size)] = _bias(size)
-    weights: dict[str, torch.Tensor] = model.state_dict()
-    return weights
+                parameter.view(size.heads, -1)[:, slow_dims(size)] = query_bias(size)
 
 
-def _slow_dims(size: ModelSize) -> list[int]:
+def slow_dims(size: ModelSize) -> list[int]:
     """The slowest quarter of the rotary pairs, both members: they hardly turn within a chunk, so a bias there marks columns."""
     half = size.hidden // size.heads // 2
     slow = range(half - max(1, half // 4), half)
     return [*slow, *(half + dim for dim in slow)]
 
 
-def _bias(size: ModelSize) -> float:
+def query_bias(size: ModelSize) -> float:
     """So large that the scores it causes, over keys of unit variance, spread by `verticals`."""
     head_dim = size.hidden // size.heads
-    return float(size.verticals * (head_dim / len(_slow_dims(size))) ** 0.5)
+    return float(size.verticals * (head_dim / len(slow_dims(size))) ** 0.5)
 
 
 def stock_model(size: ModelSize, weights: dict[str, torch.Tensor], *, attention: str = "sdpa") -> Any:
@@ -85,7 +89,7 @@ def loaded_model(size: ModelSize, weights: dict[str, torch.Tensor]) -> LoadedMod
     register_socket()
     model = _model(size, SOCKET_NAME)
     model.load_state_dict(weights)
-    return describe(model, _tokenizer(), name="random-llama")
+    return describe(model, one_word_tokenizer(), name="random-llama")
 
 
 def num_parameters(weights: dict[str, torch.Tensor]) -> int:
@@ -112,6 +116,6 @@ def _model(size: ModelSize, attention: str) -> Any:
     return LlamaForCausalLM(config).float().eval()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def one_word_tokenizer() -> PreTrainedTokenizerFast:
     """Nothing is ever tokenised; the engine only wants to have one."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.engine.random_model import ModelSize, _bias, _slow_dims, _tokenizer
+from benchmarks.engine.random_model import ModelSize, fill_at_random, one_word_tokenizer
 from loopserve.attention import SOCKET_NAME, register_socket
 from loopserve.loading import LoadedModel, describe
 
@@ -35,16 +35,8 @@ def build_model(size: ModelSize, *, device: torch.device, dtype: torch.dtype, se
             model = LlamaForCausalLM(llama_config(size, attention=SOCKET_NAME))
     finally:
         torch.set_default_dtype(before)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            if name.endswith("q_proj.bias"):
-                parameter.view(size.heads, -1)[:, _slow_dims(size)] = _bias(size)
-    return describe(model.eval(), _tokenizer(), name="random-llama")
+    fill_at_random(model, size, torch.Generator(device).manual_seed(seed))
+    return describe(model.eval(), one_word_tokenizer(), name="random-llama")
 
 
 def llama_config(size: ModelSize, *, attention: str = "sdpa") -> LlamaConfig:

@@ -220,7 +220,7 @@ def num_fitting(
 @torch.inference_mode()
 def _fill(runner: ModelRunner, loaded: LoadedModel, *, seed: int) -> None:
     """Draw keys and values from the normal distribution, and make the sketches of those keys."""
-    store = runner._store
+    store = runner.store
     generator = torch.Generator(loaded.device).manual_seed(seed)
     for layer in range(loaded.num_layers):
         store.keys[layer].normal_(generator=generator)

@@ -18,6 +18,7 @@ from loopserve.kernels import line_scores, sparse_prefill
 from loopserve.plan import SparsePrefill
 from loopserve.sparsity.grid import CHUNKS_KEPT, LineSelection, TileGrid
 from loopserve.sparsity.rows import sample_rows
+from loopserve.transfer import on_device
 
 
 class Mass(Enum):
@@ -128,7 +129,7 @@ class _Sample:
 
 @functools.lru_cache(maxsize=CHUNKS_KEPT)
 def _sample(grid: TileGrid, config: PrefillSparsity, mass: Mass, seed: int, device: torch.device) -> _Sample:
-    """Drawn and copied once for all layers of a chunk; pinned, or the copy would wait for all that the device has queued."""
+    """Drawn and copied to the device once for all layers of a chunk."""
     drawn = sample_rows(grid.num_rows, config, seed)
     select = () if mass is Mass.NONE else drawn.select
     heldout = [row for row in drawn.heldout if row < grid.num_rows - config.dense_last_rows]
@@ -137,13 +138,11 @@ def _sample(grid: TileGrid, config: PrefillSparsity, mass: Mass, seed: int, devi
     groups = list(range(num_choosing)) if per_row else [row // grid.tile_tokens for row in select]
     groups += [num_choosing + row // grid.tile_tokens for row in heldout]
     rows = [*select, *heldout]
-    numbers = [rows, [grid.start + row for row in rows], groups]
-    on_host = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    on_device = on_host.to(device, non_blocking=True)
+    numbers = on_device([rows, [grid.start + row for row in rows], groups], device, dtype=torch.int64)
     return _Sample(
-        rows=on_device[0],
-        positions=on_device[1],
-        groups=on_device[2],
+        rows=numbers[0],
+        positions=numbers[1],
+        groups=numbers[2],
         num_choosing_groups=num_choosing,
         num_groups=num_choosing + grid.num_query_tiles,
         num_heldout=len(drawn.heldout),

@@ -153,7 +153,7 @@ def test_sequences_lie_scattered_and_share_no_block(loaded, plans):
 
 def test_the_filled_store_holds_finite_keys_and_their_sketches(loaded):
     pool = FilledPool(loaded, config_of(), num_sequences=1, context_tokens=64, room_tokens=16)
-    store = pool._runner._store
+    store = pool._runner.store
     sketch = KeySketch.empty(*store.keys[1].shape, CPU)
     store_sketch(store.keys[1], sketch, torch.arange(store.num_slots))
     assert torch.equal(sketch.signs, store.sketches[1].signs)
@@ -174,7 +174,7 @@ def test_a_step_counts_what_it_must_read(loaded):
 def test_as_many_sequences_fit_as_their_blocks_do(loaded):
     config = config_of()
     one = FilledPool(loaded, config, num_sequences=1, context_tokens=100, room_tokens=20)
-    store = one._runner._store
+    store = one._runner.store
     num_bytes = sum(pool.numel() * pool.element_size() for pool in store._pools())
     a_sequence = num_bytes * 8 // 9  # the null block is nobody's
     for spare, fitting in ((-1, 2), (0, 3)):
@@ -271,7 +271,7 @@ def test_decode_step_tries_fewer_sequences_when_memory_runs_out(tmp_path, monkey
 
 def num_bytes_of(loaded, config, *, tokens):
     """Of the pool that one sequence of so many tokens has."""
-    store = FilledPool(loaded, config, num_sequences=1, context_tokens=tokens, room_tokens=0)._runner._store
+    store = FilledPool(loaded, config, num_sequences=1, context_tokens=tokens, room_tokens=0)._runner.store
     num_bytes = sum(pool.numel() * pool.element_size() for pool in store._pools())
     blocks = store.num_slots // BLOCK_TOKENS
     return num_bytes * (blocks - 1) / blocks

@@ -279,7 +279,7 @@ async def test_anothers_exact_prompt_is_computed_in_whole_and_ones_own_is_not(re
 
 def pool_bytes(engine: Any) -> int:
     """Values in the pool that are not zero."""
-    store = engine._runner._store
+    store = engine._runner.store
     return sum(int(pool.count_nonzero()) for pool in (*store.keys, *store.values))
 
 

@@ -22,7 +22,7 @@ def answer(engine, session: str, prompt, *, salt: str = "", **sampling):
 
 def blocks_with_bytes(engine) -> set[int]:
     """The blocks of the real pool that hold anything but zeros, in any layer."""
-    store, found = engine._runner._store, set()
+    store, found = engine._runner.store, set()
     for pool in (*store.keys, *store.values):
         by_block = pool.view(-1, BLOCK_TOKENS * pool.shape[1] * pool.shape[2])
         found |= set(by_block.ne(0).any(dim=1).nonzero().flatten().tolist())

@@ -40,7 +40,7 @@ def test_what_is_not_finite_never_enters_the_pool_where_a_neighbours_view_would_
     engine = Engine(EngineConfig(kv_blocks=300), loaded=loaded)
     prompts = [tuple(range(first, first + length)) for first, length in ((0, 40), (50, 33), (90, 40))]
     alone = [_answers(engine, [prompt])[0] for prompt in prompts]
-    store = engine._runner._store
+    store = engine._runner.store
     for pool in (*store.keys, *store.values):
         assert pool.isfinite().all()
     # A checkpoint that overflows for one token must not reach the turns beside it.

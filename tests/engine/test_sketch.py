@@ -30,7 +30,7 @@ def answer(eng, inbox, *, session: str = "s", prompt=PROMPT, **contract):
 
 def check_sketches(eng) -> None:
     """Every slot's sketch is that of the key that lies there."""
-    store = eng._runner._store
+    store = eng._runner.store
     assert len(store.sketches) == len(store.keys)
     for keys, sketch in zip(store.keys, store.sketches, strict=True):
         written = keys.ne(0).any(dim=2).any(dim=1).nonzero()[:, 0]
@@ -54,7 +54,7 @@ def test_every_key_in_the_pool_has_its_sketch_through_turns_branches_and_erasure
 
 def test_no_sketch_is_kept_where_nothing_reads_it(engine):
     eng, _, _ = engine(decode=DecodeSparsity(scoring="exact"))
-    assert eng._runner._store.sketches == []
+    assert eng._runner.store.sketches == []
 
 
 def test_blocks_are_copied_and_erased_with_their_sketches():
@@ -75,7 +75,7 @@ def test_blocks_are_copied_and_erased_with_their_sketches():
 def test_memory_of_a_block_counts_its_sketch(engine):
     with_sketch, _, _ = engine(decode=DECODE)
     without, _, _ = engine(decode=replace(DECODE, scoring="exact"))
-    loaded, store = with_sketch._loaded, with_sketch._runner._store
+    loaded, store = with_sketch._loaded, with_sketch._runner.store
     head_bytes = -(-loaded.head_dim // 8) + 2
     more = loaded.num_layers * loaded.num_kv_heads * BLOCK_TOKENS * head_bytes
     assert with_sketch.memory().block_bytes - without.memory().block_bytes == more

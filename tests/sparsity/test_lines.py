@@ -1,14 +1,18 @@
 """How lines are chosen, and what a selection holds and costs."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopserve.config import PrefillSparsity
 from loopserve.sparsity import PREFILL_METHODS, LineSelection, TileGrid
 from loopserve.sparsity.fixed_lines import tiles_of
+from loopserve.sparsity.lines import with_columns
 from loopserve.sparsity.prefill import Mass
 
 CHUNKS = st.tuples(st.integers(0, 70), st.integers(1, 40), st.sampled_from([1, 4, 8, 64]))  # start, rows, tile
@@ -191,3 +195,39 @@ def test_heavy_columns_do_not_pull_in_the_tiles_that_they_cross():
     read = read_mask(selection, grid)
     assert (weights * read).sum() >= 0.95 * grid.num_rows
     assert read.sum() < 0.25 * grid.num_cells  # with whole tiles for single columns it was 0.86
+
+
+def test_columns_that_tie_are_all_read():
+    weight = torch.tensor([[0.5, 0.25, 1.0, 0.25, 0.125, 0.25]])
+    for missing, wanted in ((0.0, []), (1.0, [2]), (1.1, [1, 2, 3, 5]), (9.0, [1, 2, 3, 4, 5])):
+        found = with_columns(weight, torch.tensor([0.5 + missing]), torch.zeros((1, 1), dtype=torch.bool), num_sinks=1)
+        assert found.verticals[0].nonzero()[:, 0].tolist() == [0, *wanted]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation gives."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, Tensor) and not each._is_view() and 0 not in each.stride():
+                self.num_bytes = max(self.num_bytes, each.numel() * each.element_size())
+        return made
+
+
+@pytest.mark.parametrize("method", ["lines", "flexprefill", "a_shape", "dense"])
+def test_no_intermediate_is_larger_than_the_scores_it_is_chosen_from(method: str):
+    grid = TileGrid(start=1001, num_rows=128, tile_tokens=16)
+    weights = random_weights(grid, 5, 4.0)
+    mass = per_query_tile(weights, grid)
+    config = PREFILL_METHODS[method].settings(PrefillSparsity(tile_tokens=16))
+    with LargestTensor() as largest:
+        selection = PREFILL_METHODS[method].choose(
+            mass, start=grid.start, num_rows=grid.num_rows, alpha=0.9, config=config
+        )
+        selection.num_cells(grid, dense_last_rows=16)
+        selection.held_mass(mass, grid)
+    in_whole_tiles = mass.shape[0] * mass.shape[1] * grid.num_diagonals * grid.tile_tokens
+    assert mass.nbytes <= largest.num_bytes <= 4 * in_whole_tiles
