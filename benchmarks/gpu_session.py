@@ -42,6 +42,7 @@ PACKAGES = (  # to import, and to install
 )
 CUDA_PACKAGES = (("triton", "triton"),)
 IMPORTS = "import loopserve.kernels, loopserve.sparsity, loopserve.loading, benchmarks.kernels.run"
+TESTS = ("tests/kernels", "tests/engine/test_graphs.py")  # as `benchmarks.kernels.gate` wants them
 SECONDS_MAX = 515.0  # beside it, checking what can be imported takes some ten
 _TO_END_S = 20.0  # a benchmark stops beginning cases so long before it would be ended
 _LEAST_S = 15.0  # with less a part does not begin: importing torch takes most of it
@@ -286,7 +287,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--tiny", action="store_true", help="toy sizes; the only ones that a CPU takes")
     parser.add_argument("--seconds-max", type=float, default=SECONDS_MAX, help="of the whole session")
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
-    parser.add_argument("--tests", nargs="+", default=["tests/kernels"], help="kernel tests that must be green")
+    parser.add_argument("--tests", nargs="+", default=list(TESTS), help="tests that must be green")
     parser.add_argument(
         "--tests-passed-at",
         type=Path,

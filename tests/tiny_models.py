@@ -74,13 +74,13 @@ def reference_model(family: str, *, seed: int = 0):
     return model
 
 
-def loaded_model(family: str = "llama", *, seed: int = 0) -> LoadedModel:
+def loaded_model(family: str = "llama", *, seed: int = 0, device: str = "cpu") -> LoadedModel:
     """The same weights behind the attention socket, with a configuration object of their own."""
     register_socket()
     reference = reference_model(family, seed=seed)
     model = AutoModelForCausalLM.from_config(_config(family), attn_implementation=SOCKET_NAME).float().eval()
     model.load_state_dict(reference.state_dict())
-    return replace(describe(model, byte_tokenizer(), name=f"tiny-{family}"), eos_ids=(EOS_ID,))
+    return replace(describe(model.to(device), byte_tokenizer(), name=f"tiny-{family}"), eos_ids=(EOS_ID,))
 
 
 @torch.inference_mode()

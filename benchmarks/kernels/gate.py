@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNEL_TESTS = ("tests/kernels",)
+KERNEL_TESTS = ("tests/kernels", "tests/engine/test_graphs.py")  # the kernels, and the engine that runs them
 TEST_S_MAX = 240.0
 _SOURCES = ("loopserve/kernels", "tests/kernels")
 _WORKERS_MAX = 8  # Triton compiles for minutes where one process does it all

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import loaded_model
@@ -153,9 +152,11 @@ def test_rows_are_padded_by_less_than_eight_or_to_the_next_power_of_two(num_rows
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_answer_as_steps_laid_out_anew():
-    loaded = loaded_model("llama", device="cuda")
+@pytest.mark.parametrize("launch_ahead", [False, True])
+def test_a_cuda_device_answers_as_a_cpu_with_captured_steps_and_without(loaded: LoadedModel, launch_ahead: bool):
+    on_cuda = loaded_model("llama", device="cuda")
     asked = [ask(number, 60 + 90 * number, (SPARSE, DENSE)[number % 2], outputs=30) for number in range(5)]
-    assert torch.cuda.is_available()
-    without = replace(CONFIG, cuda_graphs=False)
-    assert_alike(answers(loaded, CONFIG, asked, None), answers(loaded, without, asked, None))
+    expected = [end.token_ids for end in answers(loaded, CONFIG, asked, None)]
+    for cuda_graphs in (True, False):
+        config = replace(CONFIG, cuda_graphs=cuda_graphs, launch_ahead=launch_ahead)
+        assert [end.token_ids for end in answers(on_cuda, config, asked, None)] == expected
