@@ -16,6 +16,7 @@ Efficiency is dense time x computed share / sparse time: 100% is a kernel that w
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -323,11 +324,15 @@ def _by_head(tokens: Tensor) -> Tensor:
 
 
 def chunks(size: Size, device: torch.device) -> Iterator[Chunk]:
-    """Batch 1 first: where time runs out, the larger batches are what is missing."""
-    for batch in size.batches:
-        for cached in size.cached_tokens:
-            for new in size.new_tokens:
-                yield Chunk(new, cached, batch, size.heads, device)
+    """The middle of all sizes first, then batch by batch: where time runs out, the ends and the larger batches are what is missing."""
+    middle = (size.batches[0], _middle(size.cached_tokens), _middle(size.new_tokens))
+    every = itertools.product(size.batches, size.cached_tokens, size.new_tokens)
+    for batch, cached, new in sorted(every, key=lambda sizes: sizes != middle):
+        yield Chunk(new, cached, batch, size.heads, device)
+
+
+def _middle(sizes: tuple[int, ...]) -> int:
+    return sizes[len(sizes) // 2]
 
 
 def run_benchmark(run: Run) -> None:
