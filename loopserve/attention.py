@@ -219,8 +219,8 @@ def plan_attention(
 def causal_bias(num_rows: int, start: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """What to add to the scores of `num_rows` rows from position `start` on: 0, or -inf to the right of the diagonal.
 
-    None where no bias is needed. Additive, because torch would make it so from a boolean mask again in every layer; on CUDA it is only a
-    name for the diagonal, which flash attention knows without reading a mask.
+    None where no bias is needed. Additive, because torch would make it so from a boolean mask again in every layer; on CUDA it only says
+    where the diagonal lies, which flash attention knows without reading a mask.
     """
     if start == 0 or num_rows == 1:
         return None

@@ -256,7 +256,11 @@ class Engine:
         flight = self._launch(plan) if plan is not None else self._in_flight
         if flight is None:
             return False
-        self._in_flight = self._launch_after(flight)
+        failure = None
+        try:
+            self._in_flight = self._launch_after(flight)
+        except Exception as error:  # of the next step: this one's tokens are told first
+            self._in_flight, failure = None, error
         self._step_began_s = flight.began_s
         result = flight.launched.result()
         with self._work:
@@ -268,6 +272,8 @@ class Engine:
             self._in_flight = replace(self._in_flight, began_s=ended_s)
         self._deliver()
         self._stats.on_step(stats)
+        if failure is not None:
+            raise failure
         return True
 
     def _launch(self, plan: StepPlan) -> _Flight:

@@ -37,8 +37,12 @@ Capture = Callable[
 
 _log = logging.getLogger(__name__)
 _EAGER_USES = 2  # of a shape before it is captured: these compile its kernels, and a shape that never returns is not worth a capture
-_GRAPHS_MAX = 48  # least recently used ones go; each keeps its own workspace
+_GRAPHS_MAX = 128  # least recently used ones go; each keeps the logits of its rows
 _COLUMNS_MIN = 512
+_PADDING_RATIO_MAX = (
+    8  # rows x columns of a kind over what its contexts hold; beyond it, groups of like length are cheaper
+)
+_PADDING_FREE_COLUMNS = 2048  # contexts below this count as that long: so little padding costs nothing that matters
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class _Prepared:
 
     inputs: Tensor  # int64 [6, rows]: token id, position, write slot, turn row, length, budget
     num_uses: int = 0
+    is_refused: bool = False  # the device could not capture it
     replay: Step | None = None
 
 
@@ -83,7 +88,7 @@ class DecodeGraphs:
         self._config = config
         self._store = store
         self._table = table
-        self._capture = capture
+        self._capture: Capture | None = capture
         self._prepared: OrderedDict[StepShape, _Prepared] = OrderedDict()
 
     def shape_of(self, placed: Sequence[Placed]) -> StepShape | None:
@@ -95,12 +100,15 @@ class DecodeGraphs:
             return None
         if any(p.segment.sample is None for p in placed):
             return None
+        dense_columns, ranked_columns = self._column_bucket(dense), self._column_bucket(ranked)
+        if _is_mostly_padding(dense, dense_columns) or _is_mostly_padding(ranked, ranked_columns):
+            return None
         return StepShape(
             dense_rows=_row_bucket(len(dense)),
-            dense_columns=self._column_bucket(dense),
+            dense_columns=dense_columns,
             ranked_rows=_row_bucket(len(ranked)),
-            ranked_columns=self._column_bucket(ranked),
-            width=self._width(ranked),
+            ranked_columns=ranked_columns,
+            width=min(self._width(ranked), ranked_columns),
             num_measured=min(_row_bucket(sum(map(measures, ranked))), _row_bucket(len(ranked))),
             config=configs.pop() if configs else None,
         )
@@ -132,11 +140,25 @@ class DecodeGraphs:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(shape)
         step.num_uses += 1
-        if step.replay is None and step.num_uses > _EAGER_USES:
-            # What is captured is not run. The inputs are the last step's: nothing that it computes with them is kept.
-            step.replay = self._capture(lambda: self._forward(shape, step.inputs))
-            _log.info("captured a decode step: %s", shape)
+        if step.replay is None and step.num_uses > _EAGER_USES and not step.is_refused:
+            self._try_to_capture(step, shape)
         return step
+
+    def _try_to_capture(self, step: _Prepared, shape: StepShape) -> None:
+        """What is captured is not run; its inputs are the last step's. A step that cannot be captured goes on as it was: eagerly."""
+        if self._capture is None:
+            return
+        try:
+            step.replay = self._capture(lambda: self._forward(shape, step.inputs))
+        except RuntimeError as error:  # so says CUDA, of whatever kind
+            step.is_refused = True
+            if isinstance(error, torch.OutOfMemoryError):
+                _log.warning("no memory to capture decode steps of %s: they are laid out by Python", shape)
+            else:
+                self._capture = None
+                _log.warning("decode steps cannot be captured here, and are laid out by Python: %s", error)
+        else:
+            _log.info("captured a decode step: %s", shape)
 
     def _forward(self, shape: StepShape, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """The whole step on the device, from its input numbers on. No value of a tensor comes to the host."""
@@ -196,10 +218,11 @@ class DecodeGraphs:
         return min(bucket, self._table.slots.shape[1])
 
     def _width(self, ranked: Sequence[Placed]) -> int:
-        """The least budget of the configured steps that all rows' budgets fit in, or the largest of these."""
+        """A budget that all rows' budgets fit in: the least of the configured steps, or beyond them a power of two."""
         budgets = [p.segment.decode.budget_tokens for p in ranked if p.segment.decode is not None]
         largest = max(budgets, default=0)
-        return min((rung for rung in self._config.decode.budget_rungs if rung >= largest), default=largest)
+        beyond = 1 << (largest - 1).bit_length() if largest else 0
+        return min((rung for rung in self._config.decode.budget_rungs if rung >= largest), default=beyond)
 
 
 class CudaCapture:
@@ -208,20 +231,39 @@ class CudaCapture:
     All graphs share what memory their steps need on the way: one runs after the other, and what it gives is read before the next begins.
     """
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self._keeper: tuple[Any, Tensor] | None = None
 
     def __call__(self, step: Step) -> Step:
-        """Record what it does; it is not run."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = step()
+        """Record what it does; it is not run. Raises RuntimeError where that fails; the caller's stream is current again all the same."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+            # A pool ends with its last graph, and could not be used again then: this one stays.
+            kept = torch.zeros(1, device=self._device)
+            self._keeper = self._record(lambda: kept + 1)
+        output: tuple[Tensor, Tensor]
+        graph, output = self._record(step)
 
         def replay() -> tuple[Tensor, Tensor]:
             graph.replay()
             return output
 
         return replay
+
+    def _record(self, step: Callable[[], Any]) -> tuple[Any, Any]:
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.stream(
+                torch.cuda.current_stream(self._device)
+            ),  # made current again if the capture cannot be ended
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            output = step()
+        return graph, output
 
 
 def _numbers(dense: Sequence[Placed], ranked: Sequence[Placed], shape: StepShape) -> list[tuple[int, ...]]:
@@ -247,6 +289,12 @@ def _without_padding(per_row: Tensor, num_dense: int, num_ranked: int, shape: St
     if num_ranked == 0:
         return dense
     return ranked if num_dense == 0 else torch.cat((dense, ranked))
+
+
+def _is_mostly_padding(rows: Sequence[Placed], columns: int) -> bool:
+    """Whether one long context beside short ones would have all of them padded to its length."""
+    needed = sum(max(p.num_tokens, _PADDING_FREE_COLUMNS) for p in rows)
+    return len(rows) * columns > _PADDING_RATIO_MAX * needed
 
 
 def _row_bucket(num_rows: int) -> int:

@@ -117,7 +117,7 @@ class ModelRunner:
         )
         self._layouts = LayoutBuilder(loaded, config, self.store, self._table)
         if capture is None and is_cuda and config.cuda_graphs:
-            capture = CudaCapture()
+            capture = CudaCapture(loaded.device)
         self._graphs = None if capture is None else DecodeGraphs(loaded, config, self.store, self._table, capture)
 
     @torch.inference_mode()

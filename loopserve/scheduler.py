@@ -112,6 +112,7 @@ class Scheduler:
         None where that cannot be told yet, or would do somebody wrong: a turn computes its prompt or could be admitted, something hangs on
         what will be drawn or measured, or a block is missing. A turn that ends with that token computes it in vain.
         """
+        self._expire_waiting()
         is_settled = (
             not self._waiting or self._admission_blocked or len(self._running) >= self._config.max_running_turns
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import loaded_model
@@ -11,7 +12,7 @@ from tiny_models import loaded_model
 from loopserve.config import DecodeSparsity, EngineConfig, PrefillSparsity
 from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnEnded, TurnId, TurnRequest
 from loopserve.engine import Engine
-from loopserve.graphs import _row_bucket
+from loopserve.graphs import DecodeGraphs, Step, _row_bucket
 from loopserve.loading import LoadedModel
 from loopserve.runner import ModelRunner
 from tests.engine.replay import Replays
@@ -54,10 +55,11 @@ def assert_alike(ends: list[TurnEnded], others: list[TurnEnded]) -> None:
         assert end.usage == replace(other.usage, quality=without)
 
 
-def answers(loaded: LoadedModel, config: EngineConfig, asked: list[TurnRequest], replays: Replays | None):
+def answers(
+    loaded: LoadedModel, config: EngineConfig, asked: list[TurnRequest], replays: Replays | None, *, runner=None
+) -> list[TurnEnded]:
     """What an engine answers when it is asked one turn more with every step."""
-    runner = None
-    if replays is not None:
+    if replays is not None and runner is None:
         runner = ModelRunner(loaded, config, num_blocks=NUM_BLOCKS, capture=replays.capture)
     engine = Engine(config, loaded=loaded, runner=runner)
     ended: dict[TurnId, TurnEnded] = {}
@@ -141,6 +143,49 @@ def test_shapes_that_are_not_used_any_more_are_forgotten(
     monkeypatch.setattr("loopserve.graphs._GRAPHS_MAX", 1)
     asked = [ask(number, 60, (SPARSE, DENSE)[number % 2], outputs=25 + 9 * number) for number in range(4)]
     assert_alike(answers(loaded, CONFIG, asked, replays), answers(loaded, CONFIG, asked, None))
+
+
+@pytest.mark.parametrize(("error", "num_tries"), [(RuntimeError("not here"), 1), (torch.OutOfMemoryError("full"), 2)])
+def test_a_step_that_cannot_be_captured_runs_as_it_did(
+    loaded: LoadedModel, caplog: pytest.LogCaptureFixture, error: RuntimeError, num_tries: int
+):
+    tries = []
+
+    class Refusing(Replays):
+        def capture(self, step: Step) -> Step:
+            tries.append(step)
+            raise error
+
+    config = replace(CONFIG, decode=replace(DECODE, measure_outputs=2))  # two shapes take turns
+    asked = [ask(0, 60, replace(SPARSE, budget_tokens=8), outputs=30)]
+    assert_alike(answers(loaded, config, asked, Refusing()), answers(loaded, config, asked, None))
+    assert len(tries) == num_tries, "without memory for one shape, another is tried"
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == num_tries
+
+
+def test_one_long_context_beside_short_ones_does_not_have_all_of_them_padded_to_its_length(
+    loaded: LoadedModel, replays: Replays, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("loopserve.graphs._PADDING_FREE_COLUMNS", 16)
+    asked = [
+        ask(number, length, SPARSE, outputs=12) for number, length in enumerate((1500, 20, 21, 22, 23, 24, 25, 26))
+    ]
+    shapes = []
+    shape_of = DecodeGraphs.shape_of
+    monkeypatch.setattr(DecodeGraphs, "shape_of", lambda *args: shapes.append(shape_of(*args)) or shapes[-1])
+    assert_alike(answers(loaded, CONFIG, asked, replays), answers(loaded, CONFIG, asked, None))
+    rows = [(shape.ranked_rows, shape.ranked_columns) for shape in shapes if shape is not None]
+    assert rows and all(num_rows * columns <= 8 * 1700 for num_rows, columns in rows)
+    assert None in shapes
+
+
+def test_budgets_beyond_the_configured_ones_share_shapes(loaded: LoadedModel, replays: Replays):
+    asked = [ask(number, 100, replace(SPARSE, budget_tokens=33 + number), outputs=24) for number in range(5)]
+    one_by_one = [answers(loaded, CONFIG, [request], None)[0] for request in asked]
+    runner = ModelRunner(loaded, CONFIG, num_blocks=NUM_BLOCKS, capture=replays.capture)
+    for request, expected in zip(asked, one_by_one, strict=True):
+        assert_alike(answers(loaded, CONFIG, [request], replays, runner=runner), [expected])
+    assert replays.num_captured <= 2, "33 to 37 are one shape, and one more that measures"
 
 
 @given(st.integers(0, 500))

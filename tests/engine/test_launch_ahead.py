@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, replace
 
 import pytest
-from fake_device import FakeDevice, drain, fake_engine, small_config
+from fake_device import Clock, FakeDevice, drain, fake_engine, small_config
 from tiny_models import loaded_model
 
-from loopserve.dialogue import SamplingParams, SessionId, TurnRequest
+from loopserve.dialogue import FinishReason, SamplingParams, SessionId, TurnEnded, TurnRequest
 from loopserve.loading import LoadedModel
 from loopserve.plan import PENDING_TOKEN, StepPlan, StepResult
 from tests.engine.test_graphs import CONFIG, DENSE, SPARSE, answers, ask, assert_alike
@@ -138,3 +138,37 @@ def test_a_turn_that_is_cancelled_in_flight_leaves_no_block_behind():
     engine.release(SessionId("a"))
     engine.check()
     assert engine.occupancy().free == free
+
+
+def test_who_has_waited_too_long_is_told_while_steps_are_launched_ahead():
+    clock = Clock()
+    engine, _ = fake_engine(small_config(launch_ahead=True, max_running_turns=1, max_queue_s=5.0), clock=clock)
+    ended: dict = {}
+
+    def listen(events):
+        ended.update({event.turn_id: (event, clock()) for event in events if isinstance(event, TurnEnded)})
+
+    engine.submit(request("a", max_tokens=40), listen)
+    engine.step()
+    (waiting,) = engine.submit(request("b", max_tokens=3), listen)
+    while waiting not in ended:
+        clock.now_s += 1.0
+        assert engine.step()
+    event, when_s = ended[waiting]
+    assert event.reason is FinishReason.ERROR and when_s <= 8.0
+
+
+def test_a_step_is_told_before_the_failure_of_the_one_launched_after_it():
+    engine, device = late_engine()
+    tokens = []
+    engine.submit(request("a", max_tokens=9), lambda events: tokens.extend(events))
+    for _ in range(3):
+        engine.step()
+
+    def broken(plan: StepPlan) -> None:
+        raise RuntimeError("the device is gone")
+
+    before, device.before_run = len(tokens), broken
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        engine.step()
+    assert len(tokens) == before + 1
