@@ -9,6 +9,8 @@ layer; slot = block * BLOCK_TOKENS + offset. Query head h reads KV head h // G.
 
 from loopserve.kernels.coverage_threshold import coverage_threshold
 from loopserve.kernels.line_scores import line_scores
+from loopserve.kernels.mass_outside_tiles import mass_outside_tiles
+from loopserve.kernels.mass_per_tile import mass_per_tile
 from loopserve.kernels.paged_decode import LeftOut, paged_decode
 from loopserve.kernels.sketch import KeySketch
 from loopserve.kernels.sketch_log_sum import sketch_log_sum
@@ -24,6 +26,8 @@ __all__ = [
     "SketchScores",
     "coverage_threshold",
     "line_scores",
+    "mass_outside_tiles",
+    "mass_per_tile",
     "paged_decode",
     "sketch_log_sum",
     "sketch_scores",

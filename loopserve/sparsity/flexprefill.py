@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loopserve.config import PrefillSparsity
+from loopserve.kernels import mass_per_tile
 from loopserve.sparsity.dense import every_tile
 from loopserve.sparsity.grid import LineSelection, TileGrid, local_diagonals
 from loopserve.sparsity.lines import best_tiles, with_columns
@@ -36,7 +37,8 @@ class FlexPrefill:
         grid = TileGrid(start, num_rows, config.tile_tokens)
         if alpha >= 1.0:
             return every_tile(grid, mass.shape[0], mass.device)
-        target = alpha * mass.sum(dim=(1, 2))  # [H]
+        per_tile = mass_per_tile(mass, None, start=start, tile_tokens=grid.tile_tokens)
+        target = alpha * per_tile.whole.sum(dim=(1, 2))  # [H]
         local = local_diagonals(grid, config.local_tokens, mass.device)
-        tiles = best_tiles(mass, mass, grid, target=target, local=local, least_gain=torch.zeros_like(target)[:, None])
+        tiles = best_tiles(per_tile, grid, target=target, local=local, least_gain=torch.zeros_like(target)[:, None])
         return with_columns(mass.sum(dim=1), target, tiles, min(config.sink_tokens, grid.num_columns))

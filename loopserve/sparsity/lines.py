@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loopserve.config import PrefillSparsity
-from loopserve.kernels import coverage_threshold
+from loopserve.kernels import coverage_threshold, mass_outside_tiles, mass_per_tile
+from loopserve.kernels.mass_per_tile import TileMass
 from loopserve.sparsity.dense import every_tile
 from loopserve.sparsity.grid import LineSelection, TileGrid, local_diagonals
 from loopserve.sparsity.prefill import Mass
@@ -48,14 +49,14 @@ def _union(mass: Tensor, grid: TileGrid, *, alpha: float, num_sinks: int, local:
        is not added: one heavy column would else pull in every tile that it crosses.
     3. Columns by the weight that no chosen tile holds, heaviest first, until tiles and columns together hold alpha.
     """
-    total = mass.sum(dim=(1, 2))  # [H]
     vertical = _vertical_mass(mass)  # [H, N]
     tau = coverage_threshold(vertical, alpha * vertical.sum(dim=1))[:, None]  # [H, 1]
     held_anyway = vertical.masked_fill(vertical < tau, 0.0) / mass.shape[1]  # by verticals, in each query tile
-    added = (mass - _CHANCE * held_anyway[:, None]).clamp_(min=0.0)
-    tiles = best_tiles(mass, added, grid, target=alpha * total, local=local, least_gain=tau)
-    outside = _outside(mass, tiles, grid)
-    return with_columns(outside, alpha * total - (total - outside.sum(dim=1)), tiles, num_sinks)
+    per_tile = mass_per_tile(mass, _CHANCE * held_anyway, start=grid.start, tile_tokens=grid.tile_tokens)
+    target = alpha * per_tile.whole.sum(dim=(1, 2))  # [H]
+    tiles = best_tiles(per_tile, grid, target=target, local=local, least_gain=tau)
+    inside, outside = mass_outside_tiles(mass, tiles, start=grid.start, tile_tokens=grid.tile_tokens)
+    return with_columns(outside, target - inside, tiles, num_sinks)
 
 
 def _vertical_mass(mass: Tensor) -> Tensor:
@@ -69,26 +70,18 @@ def _vertical_mass(mass: Tensor) -> Tensor:
     return (mass.sum(dim=1) - mass.amax(dim=1)) * (num_tiles / (num_tiles - 1))
 
 
-def best_tiles(
-    mass: Tensor, added: Tensor, grid: TileGrid, *, target: Tensor, local: Tensor, least_gain: Tensor
-) -> Tensor:
-    """Tile-diagonals, local first, then by gain down to `least_gain` [H, 1], until they hold `target` [H] of `mass`; bool [H, T].
+def best_tiles(per_tile: TileMass, grid: TileGrid, *, target: Tensor, local: Tensor, least_gain: Tensor) -> Tensor:
+    """Tile-diagonals, local first, then by gain down to `least_gain` [H, 1], until they hold `target` [H]; bool [H, T].
 
-    Gain is the part of a diagonal's weight in `added` for each column's worth (num_rows) of cells that it computes, so that it
+    Gain is the part of a diagonal's weight in `per_tile.added` for each column's worth (num_rows) of cells that it computes, so that it
     compares with a column's weight.
     """
-    weight = grid.along_diagonals(grid.per_key_tile(mass))  # [H, T]
-    gain = grid.along_diagonals(grid.per_key_tile(added)) * grid.num_rows / grid.diagonal_cells(mass.device)
+    weight = grid.along_diagonals(per_tile.whole)  # [H, T]
+    gain = grid.along_diagonals(per_tile.added) * grid.num_rows / grid.diagonal_cells(weight.device)
     order = gain.masked_fill(local, torch.inf).argsort(dim=1, descending=True)
     num_needed = _num_until(weight.gather(1, order), target)
-    needed = torch.arange(grid.num_diagonals, device=mass.device) < num_needed[:, None]
+    needed = torch.arange(grid.num_diagonals, device=weight.device) < num_needed[:, None]
     return local | (torch.zeros_like(needed).scatter_(1, order, needed) & (gain >= least_gain))
-
-
-def _outside(mass: Tensor, tiles: Tensor, grid: TileGrid) -> Tensor:
-    """Weight of each column that no chosen tile holds, [H, N]."""
-    left = grid.per_column((~grid.along_tiles(tiles)).to(mass.dtype))  # [H, Q, N], 0 or 1
-    return (left * mass).sum(dim=1)
 
 
 def with_columns(weight: Tensor, missing: Tensor, tiles: Tensor, num_sinks: int) -> LineSelection:

@@ -188,10 +188,22 @@ def _coverage_threshold(dtype: torch.dtype, head_dim: int) -> None:
     kernels.coverage_threshold(_numbers(NUM_HEADS, CONTEXT), _numbers(NUM_HEADS))
 
 
+def _mass_per_tile(dtype: torch.dtype, head_dim: int) -> None:
+    for less in (_numbers(NUM_HEADS, CONTEXT + 512), None):
+        kernels.mass_per_tile(_numbers(NUM_HEADS, 8, CONTEXT + 512), less, start=CONTEXT, tile_tokens=64)
+
+
+def _mass_outside_tiles(dtype: torch.dtype, head_dim: int) -> None:
+    mass, tiles_of = _numbers(NUM_HEADS, 8, CONTEXT + 512), _flags(NUM_HEADS, (CONTEXT + 512) // 64)
+    kernels.mass_outside_tiles(mass, tiles_of, start=CONTEXT, tile_tokens=64)
+
+
 # How the engine calls each operation, in every way that is compiled apart.
 CALLS: dict[str, Callable[[torch.dtype, int], None]] = {
     "coverage_threshold": _coverage_threshold,
     "line_scores": _line_scores,
+    "mass_outside_tiles": _mass_outside_tiles,
+    "mass_per_tile": _mass_per_tile,
     "paged_decode": _paged_decode,
     "sketch_log_sum": _sketch_log_sum,
     "sketch_scores": _sketch_scores,
