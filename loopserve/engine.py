@@ -115,8 +115,7 @@ class Engine:
         self._is_stopping = False
         self._failure: str | None = None
         self._step_began_s: float | None = None
-        wants_ahead = loaded.device.type == "cuda" if config.launch_ahead is None else config.launch_ahead
-        self._launches_ahead = wants_ahead
+        self._launches_ahead = loaded.device.type == "cuda" if config.launch_ahead is None else config.launch_ahead
         self._in_flight: _Flight | None = None
 
     @property

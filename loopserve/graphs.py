@@ -21,9 +21,8 @@ from torch import Tensor
 
 from loopserve.attention import AttentionPlan, DecodeGroup, Measured, RankedGroup, SummedRows
 from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig
-from loopserve.dialogue import TurnId
 from loopserve.kv.store import KVStore
-from loopserve.layout import Placed, end_of, is_plain_row, is_ranked, measures, ranked_config
+from loopserve.layout import Forward, Placed, end_of, is_plain_row, is_ranked, measures, ranked_config
 from loopserve.loading import LoadedModel
 from loopserve.plan import NULL_BLOCK
 from loopserve.sparsity.by_sketch import RankedRows
@@ -68,16 +67,6 @@ class _Prepared:
     replay: Step | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedRows:
-    """What a replayed step gives."""
-
-    placed: tuple[Placed, ...]  # in the order of the rows
-    logits: Tensor  # [rows, V]; the next step of this shape overwrites it
-    turn_rows: Tensor  # int64 [rows]
-    measured: dict[TurnId, Measured]
-
-
 class DecodeGraphs:
     """Runs decode steps by shape: eagerly at first, then as captured. Belongs to one engine thread."""
 
@@ -91,17 +80,38 @@ class DecodeGraphs:
         self._capture: Capture | None = capture
         self._prepared: OrderedDict[StepShape, _Prepared] = OrderedDict()
 
-    def shape_of(self, placed: Sequence[Placed]) -> StepShape | None:
-        """The shape that a step is padded to, or None where it is not one of these steps."""
-        ranked = [p for p in placed if is_ranked(p)]
+    def run(self, placed: Sequence[Placed]) -> Forward | None:
+        """Compute one step, or None where it is not one of these steps. Mutates the store and the turn table as the step says.
+
+        The next step of the same shape overwrites the logits.
+        """
         dense = [p for p in placed if is_plain_row(p.segment)]
+        ranked = [p for p in placed if is_ranked(p)]
+        if len(dense) + len(ranked) < len(placed) or any(p.segment.sample is None for p in placed):
+            return None
+        shape = self.shape_of(dense, ranked)
+        if shape is None:
+            return None
+        ranked.sort(key=lambda p: not measures(p))
+        step = self._step(shape)
+        step.inputs.copy_(on_device(_numbers(dense, ranked, shape), self._loaded.device))
+        logits, coverage = step.replay() if step.replay is not None else self._forward(shape, step.inputs)
+        measured = {p.segment.turn_id: Measured() for p in ranked}
+        for placed_row, of_row in zip(filter(measures, ranked), coverage, strict=False):  # the rest measures for nobody
+            measured[placed_row.segment.turn_id].coverage.append(of_row)
+        return Forward(
+            logits=_without_padding(logits, len(dense), len(ranked), shape),
+            sampled=tuple(p.segment for p in (*dense, *ranked)),
+            turn_rows=_without_padding(step.inputs[3], len(dense), len(ranked), shape),
+            measured=measured,
+        )
+
+    def shape_of(self, dense: Sequence[Placed], ranked: Sequence[Placed]) -> StepShape | None:
+        """The shape that a step of such rows is padded to, or None where it would be mostly padding, or its rows choose differently."""
         configs = {ranked_config(p) for p in ranked}
-        if not placed or len(ranked) + len(dense) < len(placed) or len(configs) > 1:
-            return None
-        if any(p.segment.sample is None for p in placed):
-            return None
         dense_columns, ranked_columns = self._column_bucket(dense), self._column_bucket(ranked)
-        if _is_mostly_padding(dense, dense_columns) or _is_mostly_padding(ranked, ranked_columns):
+        is_padding = _is_mostly_padding(dense, dense_columns) or _is_mostly_padding(ranked, ranked_columns)
+        if is_padding or len(configs) > 1 or not (dense or ranked):
             return None
         return StepShape(
             dense_rows=_row_bucket(len(dense)),
@@ -111,23 +121,6 @@ class DecodeGraphs:
             width=min(self._width(ranked), ranked_columns),
             num_measured=min(_row_bucket(sum(map(measures, ranked))), _row_bucket(len(ranked))),
             config=configs.pop() if configs else None,
-        )
-
-    def run(self, placed: Sequence[Placed], shape: StepShape) -> DecodedRows:
-        """Compute one step of that shape. Mutates the store and the turn table as the step says."""
-        dense = [p for p in placed if is_plain_row(p.segment)]
-        ranked = sorted((p for p in placed if not is_plain_row(p.segment)), key=lambda p: not measures(p))
-        step = self._step(shape)
-        step.inputs.copy_(on_device(_numbers(dense, ranked, shape), self._loaded.device))
-        logits, coverage = step.replay() if step.replay is not None else self._forward(shape, step.inputs)
-        measured = {p.segment.turn_id: Measured() for p in ranked}
-        for placed_row, of_row in zip(filter(measures, ranked), coverage, strict=False):  # the rest measures for nobody
-            measured[placed_row.segment.turn_id].coverage.append(of_row)
-        return DecodedRows(
-            placed=(*dense, *ranked),
-            logits=_without_padding(logits, len(dense), len(ranked), shape),
-            turn_rows=_without_padding(step.inputs[3], len(dense), len(ranked), shape),
-            measured=measured,
         )
 
     def _step(self, shape: StepShape) -> _Prepared:

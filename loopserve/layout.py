@@ -61,6 +61,16 @@ class Layout:
     measured: dict[TurnId, Measured]
 
 
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What the model gave for a step."""
+
+    logits: torch.Tensor  # [R, V], of the rows that are sampled
+    sampled: tuple[Segment, ...]  # theirs, in that order
+    turn_rows: torch.Tensor  # int64 [R], of the turn table
+    measured: dict[TurnId, Measured]
+
+
 class LayoutBuilder:
     """Writes the layout of every step over one store and one turn table."""
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from loopserve.attention import Measured
 from loopserve.config import BLOCK_TOKENS, EngineConfig
@@ -19,7 +18,7 @@ from loopserve.dialogue import TurnId
 from loopserve.errors import ConfigError
 from loopserve.graphs import Capture, CudaCapture, DecodeGraphs
 from loopserve.kv.store import KVStore, block_bytes
-from loopserve.layout import LayoutBuilder, Placed, end_of
+from loopserve.layout import Forward, LayoutBuilder, Placed, end_of
 from loopserve.loading import LoadedModel
 from loopserve.methods import DECODE_RULES
 from loopserve.plan import BlockId, SampledToken, Segment, StepPlan, StepResult
@@ -77,16 +76,6 @@ class _LaunchedStep:
         return StepResult(tokens, quality)
 
 
-@dataclass(frozen=True, slots=True)
-class _Forward:
-    """Logits of the rows that are sampled, and their segments in that order."""
-
-    logits: Tensor  # [R, V]
-    sampled: tuple[Segment, ...]
-    turn_rows: Tensor  # int64 [R], of the turn table
-    measured: dict[TurnId, Measured]
-
-
 class ModelRunner:
     """Runs a stock model through the attention socket."""
 
@@ -133,12 +122,8 @@ class ModelRunner:
         self._table.release(plan.ended_turns)
         self.store.copy_blocks(plan.copies)
         placed = [self._layouts.place(segment) for segment in plan.segments]
-        shape = None if self._graphs is None else self._graphs.shape_of(placed)
-        if self._graphs is not None and shape is not None:
-            decoded = self._graphs.run(placed, shape)
-            segments = tuple(p.segment for p in decoded.placed)
-            forward = _Forward(decoded.logits, segments, decoded.turn_rows, decoded.measured)
-        else:
+        forward = None if self._graphs is None else self._graphs.run(placed)
+        if forward is None:
             forward = self._forward(placed)
         orders = [segment.sample for segment in forward.sampled if segment.sample is not None]
         assert len(orders) == len(forward.sampled), "every row with logits is sampled"
@@ -155,7 +140,7 @@ class ModelRunner:
         """Zero blocks that nobody holds, after all that was launched. Mutates the KV pool."""
         self.store.erase_blocks(blocks)
 
-    def _forward(self, placed: Sequence[Placed]) -> _Forward:
+    def _forward(self, placed: Sequence[Placed]) -> Forward:
         layout = self._layouts.build(placed)
         device = self._loaded.device
         token_ids = [token_id for segment in layout.segments for token_id in segment.token_ids]
@@ -174,7 +159,7 @@ class ModelRunner:
             attention_plan=layout.plan,
         )
         turn_rows = on_device([row_of[segment.turn_id] for segment in sampled], device, dtype=torch.long)
-        return _Forward(output.logits[0], sampled, turn_rows, layout.measured)
+        return Forward(output.logits[0], sampled, turn_rows, layout.measured)
 
 
 def bytes_a_block(loaded: LoadedModel, config: EngineConfig) -> int:

@@ -58,11 +58,6 @@ class PendingDraws:
         return _draws(self.on_host.wait().tolist(), self.orders, self.top_width)
 
 
-def sample(logits: Tensor, orders: Sequence[SampleOrder]) -> tuple[Draw, ...]:
-    """Draw one token a row and wait for them; see `draw`."""
-    return draw(logits, orders).result()
-
-
 def draw(logits: Tensor, orders: Sequence[SampleOrder]) -> PendingDraws:
     """Draw one token a row, without waiting for the device; the copy to the host, one for the whole batch, is queued.
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loopserve import sampler
 from loopserve.dialogue import SamplingParams
 from loopserve.plan import SampleOrder
-from loopserve.sampler import sample
 
 VOCAB = 50
 
@@ -33,6 +33,11 @@ def order(
 
 def random_logits(rows: int, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def sample(logits: torch.Tensor, orders: list[SampleOrder]) -> tuple[sampler.Draw, ...]:
+    """Draw, and wait for it."""
+    return sampler.draw(logits, orders).result()
 
 
 def token(row: torch.Tensor, one: SampleOrder) -> int:

@@ -4,6 +4,8 @@ Everything here compiles for the device, or runs in Triton's interpreter on a CP
 """
 
 import functools
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import triton
@@ -48,13 +50,32 @@ def num_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 4
 
 
-def blocks_per_split(num_blocks: int, *, num_programs: int, programs_wanted: int) -> int:
-    """How many blocks of a list one program reads, at least 1: lists are cut until the grid has `programs_wanted`, if blocks suffice.
+class Tile(NamedTuple):
+    """How a program walks over a list."""
 
-    `num_programs`: of the grid if no list is cut. Depends on shapes alone, so they fix a launch, and a CUDA graph may hold it.
-    """
-    num_splits = max(1, min(num_blocks, programs_wanted // num_programs))
-    return max(1, -(-num_blocks // num_splits))
+    tokens: int  # of a block
+    num_warps: int
+    num_stages: int
+
+
+class Cut(NamedTuple):
+    """How lists are cut for a grid of one program a row and list: shapes alone say it, so a CUDA graph may hold the launch."""
+
+    split_len: int  # tokens that a program reads, a multiple of a block's
+    num_splits: int
+
+    @classmethod
+    def of(cls, tile: Tile, list_len: int, *, num_programs: int, programs_wanted: int) -> "Cut":
+        """Into as many parts, of whole blocks, as give the grid `programs_wanted`, if blocks suffice; uncut it has `num_programs`."""
+        num_blocks = int(triton.cdiv(list_len, tile.tokens))
+        wanted = max(1, min(num_blocks, programs_wanted // num_programs))
+        split_len = max(1, -(-num_blocks // wanted)) * tile.tokens
+        return cls(split_len, max(1, int(triton.cdiv(list_len, split_len))))
+
+
+def nearest(table: Mapping[int, Tile], size: int) -> Tile:
+    """The row for a size; smaller and larger ones take the first and the last."""
+    return table[min(max(size, min(table)), max(table))]
 
 
 @triton.jit

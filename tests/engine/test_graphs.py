@@ -167,8 +167,9 @@ def test_one_long_context_beside_short_ones_does_not_have_all_of_them_padded_to_
     loaded: LoadedModel, replays: Replays, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("loopserve.graphs._PADDING_FREE_COLUMNS", 16)
+    monkeypatch.setattr("loopserve.graphs._PADDING_RATIO_MAX", 4)  # of eight rows, seven of which are short
     asked = [
-        ask(number, length, SPARSE, outputs=12) for number, length in enumerate((1500, 20, 21, 22, 23, 24, 25, 26))
+        ask(number, length, SPARSE, outputs=40) for number, length in enumerate((1500, 20, 21, 22, 23, 24, 25, 26))
     ]
     shapes = []
     shape_of = DecodeGraphs.shape_of

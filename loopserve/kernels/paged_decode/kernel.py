@@ -15,8 +15,6 @@ but leaves one row to a handful of programs; merging by atomics in the first ker
 of splits from each row's valid slots, which the host does not know without waiting for the device.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -25,22 +23,15 @@ from torch import Tensor
 from loopserve.kernels.paged_decode import LeftOut
 from loopserve.kernels.tiles import (
     LOG2_E,
-    blocks_per_split,
+    Cut,
+    Tile,
     cast,
     dot,
     is_interpreted,
+    nearest,
     num_multiprocessors,
     tile_size,
 )
-
-
-class Tile(NamedTuple):
-    """How a program walks over its split."""
-
-    tokens: int  # of a block
-    num_warps: int
-    num_stages: int
-
 
 # By the bytes of a key, padded to a power of two; smaller and larger keys take the nearest row. From arithmetic and from what the compiler
 # says, no time measured yet. A block of keys and values is 32 KiB. Slots are loaded before the keys that they name, so it takes five
@@ -80,13 +71,13 @@ def paged_decode(
     group = num_heads // num_kv_heads
     heads_per_program = 1 if num_lists == num_heads else group
     num_groups = num_heads // heads_per_program
-    tile = TILES[min(max(tile_size(head_dim) * query.element_size(), min(TILES)), max(TILES))]
-    blocks = blocks_per_split(
-        triton.cdiv(num_listed, tile.tokens),
+    tile = nearest(TILES, tile_size(head_dim) * query.element_size())
+    split_len, num_splits = Cut.of(
+        tile,
+        num_listed,
         num_programs=num_rows * num_groups,
         programs_wanted=PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(query.device),
     )
-    num_splits = max(1, triton.cdiv(num_listed, blocks * tile.tokens))
     is_cut = num_splits > 1
     # Where something is absent, some other tensor stands in for its pointer, which the kernel does not use then.
     shares = query.new_empty((num_rows, num_heads, num_splits, head_dim), dtype=torch.float32) if is_cut else output
@@ -108,7 +99,7 @@ def paged_decode(
         log_weights,
         scale * LOG2_E,
         num_listed,
-        blocks * tile.tokens,
+        split_len,
         *query.stride()[:2],
         *key_pool.stride()[:2],
         *value_pool.stride()[:2],

@@ -18,8 +18,6 @@ table of each byte's 256 partial sums, which needs a gather within shared memory
 which loads whole lines but leaves a row to few programs.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -29,21 +27,14 @@ from loopserve.kernels.sketch import KeySketch
 from loopserve.kernels.tiles import (
     DOT_TILE_MIN,
     LOG2_E,
-    blocks_per_split,
+    Cut,
+    Tile,
     dot,
     is_interpreted,
+    nearest,
     num_multiprocessors,
     tile_size,
 )
-
-
-class Tile(NamedTuple):
-    """How a program walks over its split."""
-
-    tokens: int  # of a block
-    num_warps: int
-    num_stages: int
-
 
 # By the head dim, padded to a power of two; smaller and larger ones take the nearest row. From arithmetic and from what the compiler says,
 # no time measured yet. At D 128 the unpacking is what costs: 16,384 signs of a block of 128 tokens are 128 a thread. Triton 3.7 compiles
@@ -62,23 +53,11 @@ _LN_2: tl.constexpr = tl.constexpr(1 / LOG2_E)
 _MERGE_TILE: tl.constexpr = tl.constexpr(128)  # splits that the merge reads at once
 
 
-class Cut(NamedTuple):
-    """How lists of one length are cut for a grid of one program a row and list."""
-
-    tile: Tile
-    split_len: int  # tokens, a multiple of a block's
-    num_splits: int
-
-    @classmethod
-    def of(cls, query: Tensor, num_programs: int, list_len: int) -> "Cut":
-        """For rows [R, H, D] whose uncut grid has `num_programs`."""
-        tile = TILES[min(max(tile_size(query.shape[2]), min(TILES)), max(TILES))]
-        blocks = blocks_per_split(
-            triton.cdiv(list_len, tile.tokens),
-            num_programs=num_programs,
-            programs_wanted=PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(query.device),
-        )
-        return cls(tile, blocks * tile.tokens, max(1, triton.cdiv(list_len, blocks * tile.tokens)))
+def cut_lists(query: Tensor, num_programs: int, list_len: int) -> tuple[Tile, Cut]:
+    """How a program walks, and how lists are cut, for rows [R, H, D] whose uncut grid has `num_programs`."""
+    tile = nearest(TILES, tile_size(query.shape[2]))
+    programs_wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(query.device)
+    return tile, Cut.of(tile, list_len, num_programs=num_programs, programs_wanted=programs_wanted)
 
 
 def plane_sizes(head_dim: int) -> dict[str, int]:
@@ -106,7 +85,7 @@ def log_sums(
     group = num_heads // num_kv_heads
     heads_per_program = 1 if num_lists == num_heads else group
     num_groups = num_heads // heads_per_program
-    cut = Cut.of(query, num_rows * num_groups, num_listed)
+    tile, cut = cut_lists(query, num_rows * num_groups, num_listed)
     is_cut = cut.num_splits > 1
     partial = torch.empty((num_rows, num_heads, cut.num_splits), device=query.device) if is_cut else output
     # Where something is absent, some other tensor stands in for its pointer, which the kernel does not use then.
@@ -136,14 +115,14 @@ def log_sums(
         GROUP=group,
         HEADS=heads_per_program,
         HEADS_TILE=tile_size(heads_per_program),
-        BLOCK=cut.tile.tokens,
+        BLOCK=tile.tokens,
         HAS_VALID=valid is not None,
         HAS_LENGTHS=lengths is not None,
         HEAD_DIM=head_dim,
         **plane_sizes(head_dim),
         INTERPRETED=is_interpreted(),
-        num_warps=cut.tile.num_warps,
-        num_stages=cut.tile.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     if is_cut:
         _log_sum_of_splits[(num_rows * num_heads,)](partial, output, cut.num_splits, num_warps=1)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loopserve.kernels.sketch import KeySketch
-from loopserve.kernels.sketch_log_sum.kernel import Cut, load_planes, log_sums, plane_sizes, sketch_logits
+from loopserve.kernels.sketch_log_sum.kernel import cut_lists, load_planes, log_sums, plane_sizes, sketch_logits
 from loopserve.kernels.sketch_scores import SketchScores
 from loopserve.kernels.tiles import LOG2_E, is_interpreted, tile_size
 
@@ -39,7 +39,7 @@ def sketch_scores(
         return SketchScores(weights, log_sum)
 
     group = num_heads // num_kv_heads
-    cut = Cut.of(query, num_rows * num_kv_heads, num_columns)
+    tile, cut = cut_lists(query, num_rows * num_kv_heads, num_columns)
     _weigh_split[(num_rows * num_kv_heads, cut.num_splits)](
         query,
         sketch.signs,
@@ -60,12 +60,12 @@ def sketch_scores(
         GROUP=group,
         LISTS=num_lists // num_kv_heads,
         HEADS_TILE=tile_size(group),
-        BLOCK=cut.tile.tokens,
+        BLOCK=tile.tokens,
         HEAD_DIM=head_dim,
         **plane_sizes(head_dim),
         INTERPRETED=is_interpreted(),
-        num_warps=cut.tile.num_warps,
-        num_stages=cut.tile.num_stages,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     return SketchScores(weights, log_sum)
 
