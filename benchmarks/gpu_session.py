@@ -48,6 +48,7 @@ _TO_END_S = 20.0  # a benchmark stops beginning cases so long before it would be
 _LEAST_S = 15.0  # with less a part does not begin: importing torch takes most of it
 _MEMCHECK_TESTS = (
     "tests/kernels/test_store_kv.py",
+    "tests/kernels/test_compact_kv.py",
     "tests/kernels/test_paged_decode.py",
     "tests/kernels/test_sparse_prefill.py",
 )

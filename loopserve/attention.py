@@ -19,7 +19,9 @@ from loopserve.dialogue import TurnId
 from loopserve.kernels.paged_decode import paged_decode
 from loopserve.kernels.store_kv import store_kv
 from loopserve.kernels.store_sketch import store_sketch
-from loopserve.kv.store import KVStore
+from loopserve.kv.stage import Stage
+from loopserve.kv.store import KVStore, Stretch
+from loopserve.kv.working_set import WorkingSets
 from loopserve.methods import DECODE_RULES
 from loopserve.plan import CaptureOrder, SegmentQuality, SparseDecode, SparsePrefill
 from loopserve.sparsity import PREFILL_METHODS
@@ -68,18 +70,47 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerView:
+    """One layer's keys and values of columns 0..N-1 of one sequence: pools, and where in them the columns lie."""
+
+    keys: torch.Tensor  # [S, Hkv, D]
+    values: torch.Tensor
+    slots: torch.Tensor  # int64 [N]
+    run_start: int | None
+
+    def by_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as [1, Hkv, N, D]: views of a run, else gathered copies."""
+        keys, values = (self._read(pool) for pool in (self.keys, self.values))
+        return keys, values
+
+    def _read(self, pool: torch.Tensor) -> torch.Tensor:
+        run, tokens = self.run_start, self.slots.shape[0]
+        # Gathered, whole tokens are read: longer contiguous reads.
+        by_token = pool.index_select(0, self.slots) if run is None else pool.narrow(0, run, tokens)
+        return by_token.transpose(0, 1).unsqueeze(0)
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """Where columns 0..N-1 of one sequence lie, the step's own tokens included."""
 
-    slots: torch.Tensor  # int64 [N]
+    slots: torch.Tensor  # int64 [N], on either tier
     run_start: int | None  # the first slot, where the slots follow each other and a view is worth having
+    stretches: tuple[Stretch, ...] = ()  # of a context that lies partly in host memory
 
-    def read(self, pool_by_head: torch.Tensor) -> torch.Tensor:
-        """The sequence's part of a pool `[1, Hkv, S, D]`, as `[1, Hkv, N, D]`: a view of a run, else a gathered copy."""
-        if self.run_start is not None:
-            return pool_by_head.narrow(2, self.run_start, self.slots.shape[0])
-        tokens = pool_by_head[0].transpose(0, 1).index_select(0, self.slots)  # whole tokens: longer contiguous reads
-        return tokens.transpose(0, 1).unsqueeze(0)
+    @property
+    def is_far(self) -> bool:
+        """Whether some of it lies in host memory."""
+        return bool(self.stretches)
+
+    def view(self, plan: "AttentionPlan", layer: int) -> LayerView:
+        """What a layer reads of all columns; of a far context until the next one is viewed."""
+        if not self.is_far:
+            return LayerView(plan.store.keys[layer], plan.store.values[layer], self.slots, self.run_start)
+        assert plan.stage is not None, "a far context is read through the stage"
+        num_tokens = self.slots.shape[0]
+        keys, values = plan.stage.keys_and_values(layer, self.stretches, num_tokens)
+        return LayerView(keys, values, torch.arange(num_tokens, device=keys.device), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +148,15 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class FarRows:
+    """Decode rows whose turns are compact."""
+
+    working_sets: WorkingSets
+    contexts: Sequence[Context]  # of each row
+    recalls_late: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RankedGroup:
     """Decode rows that rank all tokens by sketches, each for itself; what they read is never known to the host."""
 
@@ -125,6 +165,7 @@ class RankedGroup:
     turn_rows: torch.Tensor  # int64 [R], of the turn table
     config: DecodeSparsity
     measured: Sequence[Measured]  # of the first rows
+    far: FarRows | None = None  # None: all contexts are on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +177,8 @@ class SparseDecodeRow:
     selection: TurnSelection
     order: SparseDecode
     measured: Measured
+    turn_row: torch.Tensor  # int64 [1], of the turn table
+    working_sets: WorkingSets | None = None  # None: the context is on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +222,7 @@ class AttentionPlan:
     summed: SummedRows | None
     prefill_config: PrefillSparsity
     dense_layers: frozenset[int]
+    stage: Stage | None = None  # where there is a host tier
 
 
 def plan_attention(
@@ -266,6 +310,7 @@ def _ranked_decode(
         value_pool,
         plan.store.sketches[layer],
         ranked,
+        reach=None if group.far is None else _FarReach(plan, group, group.far, layer),
         mean_value=mean_value,
         config=group.config,
         scale=scale,
@@ -275,6 +320,26 @@ def _ranked_decode(
     return output
 
 
+@dataclass(frozen=True, slots=True)
+class _FarReach:
+    """One layer of a group of compact turns, see `loopserve.sparsity.by_sketch.Reach`."""
+
+    plan: AttentionPlan
+    group: RankedGroup
+    far: FarRows
+    layer: int
+
+    def locate(self, columns: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In the turns' places, where they lie in host memory."""
+        group, working_sets, late = self.group, self.far.working_sets, self.far.recalls_late
+        return working_sets.locate(self.layer, group.turn_rows, group.ranked.slots, columns, valid, late=late)
+
+    def keys(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """By way of the stage."""
+        view = self.far.contexts[row].view(self.plan, self.layer)
+        return view.keys, view.slots
+
+
 def _sparse_decode(
     queries: torch.Tensor, plan: AttentionPlan, decode: SparseDecodeRow, layer: int, *, scale: float
 ) -> torch.Tensor:
@@ -282,50 +347,56 @@ def _sparse_decode(
     key_pool, value_pool = plan.store.keys[layer], plan.store.values[layer]
     slots = decode.context.slots
     num_tokens = slots.shape[0]
-    order = decode.order
+    order, selection = decode.order, decode.selection
     if layer in plan.dense_layers:
         return paged_decode(query, key_pool, value_pool, slots[None, None], None, scale=scale)
-    decode.selection.record(layer, query, on_device([num_tokens - 1], query.device))
+    selection.record(layer, query, on_device([num_tokens - 1], query.device))
     if order.measure or order.choose:
-        coverage = decode.selection.refresh(
+        by_sketch = plan.store.sketches[layer] if plan.store.sketches else None
+        reads_keys = order.measure or by_sketch is None or selection.config.scoring == "exact"
+        view = decode.context.view(plan, layer) if reads_keys or not decode.context.is_far else None
+        coverage = selection.refresh(
             layer,
-            key_pool,
-            slots,
+            key_pool if view is None else view.keys,
+            slots if view is None else view.slots,
             budget_tokens=order.budget_tokens,
             scale=scale,
             measure=order.measure,
             choose=order.choose,
-            sketch=plan.store.sketches[layer] if plan.store.sketches else None,
+            sketch=by_sketch,
+            sketch_slots=slots,
         )
         if coverage is not None:
             decode.measured.coverage.append(coverage)
     if order.dense:
         return paged_decode(query, key_pool, value_pool, slots[None, None], None, scale=scale)
-    decode.selection.note_read(layer, query, key_pool, slots, scale=scale)
-    columns, valid = decode.selection.kept_columns(layer, num_tokens)
-    kept_slots = slots[columns].unsqueeze(0)  # [1, Hs, M]
-    return paged_decode(
-        query,
-        key_pool,
-        value_pool,
-        kept_slots,
-        None if valid is None else valid[None],
-        scale=scale,
-        left_out=decode.selection.left_out(layer, num_tokens),
-    )
+    selection.note_read(layer, query, key_pool, slots, scale=scale)
+    columns, valid = selection.kept_columns(layer, num_tokens)
+    kept, readable = columns[None], None if valid is None else valid[None]  # [1, Hs, M]
+    left_out = selection.left_out(layer, num_tokens)
+    if decode.working_sets is None:
+        kept_slots = slots[kept]
+    else:
+        late = order.recalls_late and left_out is None  # what is left out was weighed: nothing else may be missing
+        kept_slots, readable = decode.working_sets.locate(
+            layer, decode.turn_row, slots[None], kept, readable, late=late
+        )
+    return paged_decode(query, key_pool, value_pool, kept_slots, readable, scale=scale, left_out=left_out)
 
 
 def _prefill(
     queries: torch.Tensor, plan: AttentionPlan, prefill: PrefillRows, layer: int, *, scale: float
 ) -> torch.Tensor:
+    view = prefill.context.view(plan, layer)
     if prefill.capture is not None and layer not in plan.dense_layers:
-        _capture(queries, plan, prefill, prefill.capture, layer, scale=scale)
+        _capture(queries, view, prefill, prefill.capture, layer, scale=scale)
     if prefill.order is not None and layer not in plan.dense_layers:
-        return _sparse_prefill(queries, plan, prefill, prefill.order, layer, scale=scale)
+        return _sparse_prefill(queries, plan, view, prefill, prefill.order, layer, scale=scale)
+    keys, values = view.by_head()
     output = F.scaled_dot_product_attention(
         queries.transpose(0, 1).unsqueeze(0),
-        prefill.context.read(plan.store.keys_by_head[layer]),
-        prefill.context.read(plan.store.values_by_head[layer]),
+        keys,
+        values,
         attn_mask=prefill.causal_bias,
         is_causal=prefill.start == 0,
         scale=scale,
@@ -335,20 +406,20 @@ def _prefill(
 
 
 def _capture(
-    queries: torch.Tensor, plan: AttentionPlan, prefill: PrefillRows, order: CaptureOrder, layer: int, *, scale: float
+    queries: torch.Tensor, view: LayerView, prefill: PrefillRows, order: CaptureOrder, layer: int, *, scale: float
 ) -> None:
     selection = prefill.selection
     assert selection is not None, "a captured chunk has a selection"
     positions = torch.arange(prefill.start, prefill.start + queries.shape[0], device=queries.device)
-    key_pool, value_pool, slots = plan.store.keys[layer], plan.store.values[layer], prefill.context.slots
-    selection.observe(layer, queries, positions, key_pool, slots, scale=scale)
+    selection.observe(layer, queries, positions, view.keys, view.slots, scale=scale)
     if order.choose:
-        selection.choose(layer, key_pool, value_pool, slots, budget_tokens=order.budget_tokens, scale=scale)
+        selection.choose(layer, view.keys, view.values, view.slots, budget_tokens=order.budget_tokens, scale=scale)
 
 
 def _sparse_prefill(
     queries: torch.Tensor,
     plan: AttentionPlan,
+    view: LayerView,
     prefill: PrefillRows,
     order: SparsePrefill,
     layer: int,
@@ -357,9 +428,9 @@ def _sparse_prefill(
 ) -> torch.Tensor:
     outcome = attend(
         queries,
-        plan.store.keys[layer],
-        plan.store.values[layer],
-        prefill.context.slots,
+        view.keys,
+        view.values,
+        view.slots,
         start=prefill.start,
         order=order,
         config=plan.prefill_config,

@@ -83,6 +83,9 @@ class DecodeSparsity:
     promise_outputs: int = 16  # a `min_coverage` is checked after so many outputs, by all keys
     scoring: str = "sketch"  # a choice in decode reads "exact" keys | a "sketch" of them: a bit a channel, and a scale
     left_out: str = "mean"  # the weight that sketches give to what is not read goes to the "mean" value | to "nothing"
+    recall: str = (
+        "wait"  # a compact turn reads what it newly chose when it is there: "wait" for it | "late", by the next output
+    )
     scoring_rows: int = 1  # newest queries that score a choice
     select_per: str = "kv_head"  # "kv_head": the group's scores summed | "query_head"
     pooling_tokens: int = 1  # max-pool of scores over positions, odd; 1: off
@@ -108,6 +111,7 @@ class DecodeSparsity:
         )
         _check(self.scoring in ("exact", "sketch"), f"decode.scoring {self.scoring!r} is unknown")
         _check(self.left_out in ("mean", "nothing"), f"decode.left_out {self.left_out!r} is unknown")
+        _check(self.recall in ("wait", "late"), f"decode.recall {self.recall!r} is unknown")
         _check(self.select_per in ("kv_head", "query_head"), f"decode.select_per {self.select_per!r} is unknown")
         _check(self.pooling_tokens % 2 == 1, f"decode.pooling_tokens is {self.pooling_tokens}; an odd number is needed")
         _check(
@@ -144,6 +148,12 @@ class EngineConfig:
     kv_blocks: int | None = None  # size of the pool; None: from kv_memory_ratio
     kv_memory_ratio: float = 0.5  # share of free device memory that the pool takes
     kv_bytes_max: int = 2 << 30  # on a CPU the pool shares the machine with everything else
+    host_blocks: int | None = None  # size of the host tier; 0: none; None: from kv_host_ratio
+    kv_host_ratio: float = 4.0  # host memory for KV that is not on the device, as a multiple of the device pool, ...
+    kv_host_bytes_max: int = 4 << 30  # ... but no more than this; on CUDA it is pinned
+    compact_above_ratio: float = (
+        1.0  # turns are compact where running ones would take more of the pool; 1.0: only when it is full
+    )
     max_running_turns: int = 32
     max_waiting_turns: int = 256
     max_queue_s: float = 120.0  # a turn that has waited longer ends with an error
@@ -172,6 +182,15 @@ class EngineConfig:
         _check(self.max_sessions > self.max_running_turns, "max_sessions must exceed max_running_turns")
         _check(self.default_mode in ("auto", "sparse", "exact"), f"default_mode {self.default_mode!r} is unknown")
         _check(0.0 < self.kv_memory_ratio <= 1.0, f"kv_memory_ratio is {self.kv_memory_ratio}; it is a share in (0, 1]")
+        _check(
+            0.0 <= self.compact_above_ratio <= 1.0,
+            f"compact_above_ratio is {self.compact_above_ratio}; it is a share in [0, 1]",
+        )
+        _check(
+            self.kv_host_ratio >= 0.0 and self.kv_host_bytes_max >= 0,
+            "kv_host_ratio and kv_host_bytes_max must not be negative; host_blocks 0 switches the host tier off",
+        )
+        _check(self.host_blocks is None or self.host_blocks >= 0, "host_blocks must not be negative")
         _check(self.kv_blocks is None or self.kv_blocks >= 2, "kv_blocks must be at least 2: one is reserved")
 
     @classmethod

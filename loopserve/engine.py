@@ -26,13 +26,14 @@ from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.crossover import Place, find_crossover
 from loopserve.dialogue import FinishReason, SessionId, TurnEnded, TurnEvent, TurnId, TurnRequest
 from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, Overloaded
-from loopserve.kv.cache import KVCache
+from loopserve.kv.cache import KVCache, Tier
 from loopserve.loading import LoadedModel, device_name, load_model
 from loopserve.memory import memory_stats
 from loopserve.methods import DECODE_RULES, PREFILL_RULES
-from loopserve.plan import BlockId, StepPlan
+from loopserve.plan import BlockCopy, BlockId, StepPlan
 from loopserve.quality import TurnPolicy
-from loopserve.runner import Launched, ModelRunner, Runner, bytes_a_block, num_pool_blocks
+from loopserve.room import Room
+from loopserve.runner import Launched, ModelRunner, Runner, bytes_a_block, num_host_pool_blocks, num_pool_blocks
 from loopserve.scheduler import Scheduler
 from loopserve.sessions import SessionInfo, SessionTable
 from loopserve.stats import MemoryStats, NullSink, Occupancy, StatsSink
@@ -48,8 +49,9 @@ _BRANCH_SEED_STRIDE = 0x9E3779B9  # keeps the branches of one seed apart from th
 
 @dataclass(frozen=True, slots=True)
 class _Erasure:
-    """Blocks to be zeroed, and who waits for it."""
+    """Blocks to be zeroed, once what is still on its way has been copied, and who waits for it."""
 
+    copies: tuple[BlockCopy, ...]
     blocks: tuple[BlockId, ...]
     waiting: tuple[Future[None], ...]
 
@@ -80,14 +82,22 @@ class Engine:
         loaded = load_model(config) if loaded is None else loaded
         config = _with_thresholds(config, loaded)
         num_blocks = num_pool_blocks(loaded, config)
+        num_host_blocks = num_host_pool_blocks(loaded, config, num_blocks)
         self._block_bytes = bytes_a_block(loaded, config)
         self._config = config
         self._loaded = loaded
         self.model_shape = loaded.shape
         self._stats = NullSink() if stats is None else stats
         self._clock = clock
-        self._runner = ModelRunner(loaded, config, num_blocks=num_blocks) if runner is None else runner
-        self._cache = KVCache(num_blocks, fingerprint=loaded.fingerprint, makes_runs=loaded.device.type == "cpu")
+        if runner is None:
+            runner = ModelRunner(loaded, config, num_blocks=num_blocks, num_host_blocks=num_host_blocks)
+        self._runner = runner
+        self._cache = KVCache(
+            num_blocks,
+            num_host_blocks=num_host_blocks,
+            fingerprint=loaded.fingerprint,
+            makes_runs=loaded.device.type == "cpu" or num_host_blocks > 0,  # what moves between tiers moves by runs
+        )
         self._sessions = SessionTable(
             self._cache,
             max_sessions=config.max_sessions,
@@ -95,10 +105,12 @@ class Engine:
             reuse=config.reuse,
             clock=clock,
         )
+        self._room = Room(config, self._cache, self._sessions)
         self._scheduler = Scheduler(
             config,
             self._cache,
             self._sessions,
+            self._room,
             shape=self.model_shape,
             clock=clock,
         )
@@ -182,14 +194,24 @@ class Engine:
     def set_budget(self, tokens: int | None) -> None:
         """Set the ceiling of the token selections, None lifts it; each turn follows at its next refresh. Thread-safe.
 
-        A ceiling is above what a request asks for, too: one that needs more asks for `min_coverage` or `exact`. Raises ConfigError below
-        the floor.
+        A compact turn gives memory back, or takes more, when it follows. What a request asked for itself is kept: its `budget_tokens`,
+        `min_coverage` and `exact`. Raises ConfigError below the floor.
         """
         floor = self._config.decode.budget_floor_tokens
         if tokens is not None and tokens < floor:
             raise ConfigError(f"The budget would be {tokens} tokens; the floor is {floor}.")
         with self._work:
-            self._scheduler.budget_ceiling_tokens = tokens
+            self._room.budget_ceiling_tokens = tokens
+
+    def set_compact_above(self, ratio: float) -> None:
+        """From which share of the device pool on, 0 to 1, turns that are admitted are compact; 1: only when it is full. Thread-safe.
+
+        Raises ConfigError outside that range.
+        """
+        if not 0.0 <= ratio <= 1.0:
+            raise ConfigError(f"Turns would be compact above {ratio} of the pool; a share from 0 to 1 is needed.")
+        with self._work:
+            self._room.compact_above_ratio = ratio
 
     def sessions(self) -> tuple[SessionInfo, ...]:
         """Every session, least recently used first. Thread-safe."""
@@ -224,23 +246,26 @@ class Engine:
         except TimeoutError:
             raise EngineUnavailable(f"No step ended within {self._config.max_step_s:.0f} s.") from None
 
-    def occupancy(self) -> Occupancy:
-        """Blocks of the pool by kind, counted now. Thread-safe."""
+    def occupancy(self, tier: Tier = Tier.DEVICE) -> Occupancy:
+        """Blocks of a tier by kind, counted now. Thread-safe."""
         with self._work:
-            return self._sessions.occupancy()
+            return self._sessions.occupancy(tier)
 
     def memory(self) -> MemoryStats:
         """The pool, and what the present conversations want of it, counted now. Thread-safe; linear in blocks and sessions."""
         with self._work:
-            return memory_stats(self._config, self._scheduler, self._sessions, block_bytes=self._block_bytes)
+            return memory_stats(
+                self._config, self._scheduler, self._room, self._sessions, block_bytes=self._block_bytes
+            )
 
     def check(self) -> None:
         """Assert that no block is lost, shared wrongly or counted twice."""
         with self._work:
             self._cache.check()
-            occupancy = self._sessions.occupancy()
-            parts = (occupancy.active, occupancy.warm, occupancy.shared, occupancy.cached, occupancy.free)
-            assert sum(parts) == occupancy.total, f"blocks are lost: {occupancy}"
+            for tier in Tier:
+                occupancy = self._sessions.occupancy(tier)
+                parts = (occupancy.active, occupancy.warm, occupancy.shared, occupancy.cached, occupancy.free)
+                assert sum(parts) == occupancy.total, f"blocks are lost: {tier}, {occupancy}"
 
     def step(self) -> bool:
         """Finish one step: plan and launch it unless it was launched ahead, launch the next if it can be told, wait, apply.
@@ -353,7 +378,8 @@ class Engine:
                 self._sessions.release(session_id)
         if not released:
             return None
-        erasure = _Erasure(self._cache.take_stale(), tuple(done for _, done in self._releases))
+        copies = self._cache.take_copies()
+        erasure = _Erasure(copies, self._cache.take_stale(), tuple(done for _, done in self._releases))
         self._releases.clear()
         self._scheduler.room_was_made()
         return erasure
@@ -363,6 +389,7 @@ class Engine:
         if erasure is None:
             return
         try:
+            self._runner.copy(erasure.copies)
             if erasure.blocks:
                 self._runner.erase(erasure.blocks)
         except Exception as error:

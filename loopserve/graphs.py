@@ -85,8 +85,8 @@ class DecodeGraphs:
 
         The next step of the same shape overwrites the logits.
         """
-        dense = [p for p in placed if is_plain_row(p.segment)]
-        ranked = [p for p in placed if is_ranked(p)]
+        dense = [p for p in placed if is_plain_row(p)]
+        ranked = [p for p in placed if is_ranked(p) and not p.context.is_far]
         if len(dense) + len(ranked) < len(placed) or any(p.segment.sample is None for p in placed):
             return None
         shape = self.shape_of(dense, ranked)

@@ -13,6 +13,7 @@ from loopserve.attention import (
     AttentionPlan,
     Context,
     DecodeGroup,
+    FarRows,
     Measured,
     PrefillRows,
     RankedGroup,
@@ -23,6 +24,7 @@ from loopserve.attention import (
 )
 from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig
 from loopserve.dialogue import TurnId
+from loopserve.kv.stage import Stage
 from loopserve.kv.store import KVStore
 from loopserve.loading import LoadedModel
 from loopserve.methods import DECODE_RULES
@@ -74,11 +76,14 @@ class Forward:
 class LayoutBuilder:
     """Writes the layout of every step over one store and one turn table."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, store: KVStore, table: TurnTable) -> None:
+    def __init__(
+        self, loaded: LoadedModel, config: EngineConfig, store: KVStore, table: TurnTable, stage: Stage | None = None
+    ) -> None:
         self._loaded = loaded
         self._config = config
         self._store = store
         self._table = table
+        self._stage = stage
 
     def place(self, segment: Segment) -> Placed:
         """Bring the turn's row up to date with a segment, and say where it lies. Mutates the turn table."""
@@ -88,17 +93,18 @@ class LayoutBuilder:
         slots = self._table.slots_of(row, end_of(segment))
         if segment.capture is not None and row.selection is None:
             row.selection = self._new_selection(row, segment.capture.decode)
-        return Placed(segment, row, Context(slots=slots, run_start=run_start))
+        stretches = tuple(row.stretches) if row.is_far else ()
+        return Placed(segment, row, Context(slots=slots, run_start=run_start, stretches=stretches))
 
     def build(self, placed: Sequence[Placed]) -> Layout:
         """Order the segments as an AttentionPlan wants its rows, and write that plan."""
         ranked = [p for p in placed if is_ranked(p)]
         sparse = [p for p in placed if p.segment.decode is not None and not is_ranked(p)]
-        single = [p for p in placed if is_plain_row(p.segment)]
+        single = [p for p in placed if is_plain_row(p)]
         runs = self._runs_at_equal_distances([p for p in single if p.context.run_start is not None])
         groups = _groups_of_like_length([p for p in single if p.context.run_start is None])
         ranked_groups = _ranked_alike(ranked)
-        chunks = [p for p in placed if p.segment.decode is None and not is_plain_row(p.segment)]
+        chunks = [p for p in placed if p.segment.decode is None and not is_plain_row(p)]
         ordered = [*itertools.chain.from_iterable((*runs, *groups, *ranked_groups)), *sparse, *chunks]
 
         lengths = [len(p.segment.token_ids) for p in ordered]
@@ -115,11 +121,12 @@ class LayoutBuilder:
             run_groups=[self._run_group(group) for group in runs],
             decode_groups=[self._group(group, first_row[group[0].segment.turn_id]) for group in groups],
             ranked_groups=[self._ranked_group(group, first_row, measured) for group in ranked_groups],
-            sparse_decodes=[_sparse_row(p, first_row[p.segment.turn_id], measured[p.segment.turn_id]) for p in sparse],
+            sparse_decodes=[self._sparse_row(p, first_row, measured) for p in sparse],
             prefills=[self._prefill(p, first_row[p.segment.turn_id], measured.get(p.segment.turn_id)) for p in chunks],
             summed=self._summed([*itertools.chain.from_iterable(ranked_groups), *sparse], first_row),
             prefill_config=self._config.prefill,
             dense_layers=frozenset(self._config.decode.dense_layers),
+            stage=self._stage,
         )
         return Layout(tuple(p.segment for p in ordered), plan, measured)
 
@@ -202,7 +209,33 @@ class LayoutBuilder:
             num_measured=len(accounts),
         )
         first = first_row[group[0].segment.turn_id]
-        return RankedGroup(slice(first, first + len(group)), ranked, per_row[0], config, accounts)
+        return RankedGroup(
+            slice(first, first + len(group)), ranked, per_row[0], config, accounts, far=self._far_rows(group)
+        )
+
+    def _far_rows(self, group: Sequence[Placed]) -> FarRows | None:
+        if not any(placed.row.is_far for placed in group):
+            return None
+        assert self._table.working_sets is not None, "only where there is a host tier, contexts are far"
+        orders = [placed.segment.decode for placed in group]
+        late = all(order is not None and order.recalls_late for order in orders)
+        return FarRows(self._table.working_sets, [placed.context for placed in group], recalls_late=late)
+
+    def _sparse_row(
+        self, placed: Placed, first_row: dict[TurnId, int], measured: dict[TurnId, Measured]
+    ) -> SparseDecodeRow:
+        order, selection = placed.segment.decode, placed.row.selection
+        assert order is not None and selection is not None, "a sparse decode follows a captured prefill"
+        turn_id = placed.segment.turn_id
+        return SparseDecodeRow(
+            row=first_row[turn_id],
+            context=placed.context,
+            selection=selection,
+            order=order,
+            measured=measured[turn_id],
+            turn_row=on_device([placed.row.index], self._loaded.device),
+            working_sets=self._table.working_sets if placed.row.is_far else None,
+        )
 
     def _padded_slots(self, group: Sequence[Placed]) -> torch.Tensor:
         """Where the contexts of R rows lie, int64 [R, M], padded with slots of the null block to the longest."""
@@ -241,11 +274,11 @@ def end_of(segment: Segment) -> int:
     return segment.start + len(segment.token_ids)
 
 
-def is_plain_row(segment: Segment) -> bool:
-    """One row that reads everything and leaves nothing behind: a dense decode, or a prefill of a single token."""
-    return (
-        len(segment.token_ids) == 1 and segment.prefill is None and segment.capture is None and segment.decode is None
-    )
+def is_plain_row(placed: Placed) -> bool:
+    """One row that reads everything on the device and leaves nothing behind: a dense decode, or a prefill of a single token."""
+    segment = placed.segment
+    is_plain = segment.prefill is None and segment.capture is None and segment.decode is None
+    return is_plain and len(segment.token_ids) == 1 and not placed.context.is_far
 
 
 def is_ranked(placed: Placed) -> bool:
@@ -296,18 +329,12 @@ def _run_start(placed: Placed) -> int:
     return start
 
 
-def _sparse_row(placed: Placed, row: int, measured: Measured) -> SparseDecodeRow:
-    order, selection = placed.segment.decode, placed.row.selection
-    assert order is not None and selection is not None, "a sparse decode follows a captured prefill"
-    return SparseDecodeRow(row=row, context=placed.context, selection=selection, order=order, measured=measured)
-
-
 def _ranked_alike(rows: Sequence[Placed]) -> list[list[Placed]]:
-    """Split ranked rows by how their turns choose, and so that padding wastes little; those that measure come first."""
-    by_config: dict[DecodeSparsity, list[Placed]] = {}
+    """Split ranked rows by how their turns choose, by whether they are far, and so that padding wastes little; who measures comes first."""
+    by_kind: dict[tuple[DecodeSparsity, bool], list[Placed]] = {}
     for placed in rows:
-        by_config.setdefault(ranked_config(placed), []).append(placed)
-    groups = [group for alike in by_config.values() for group in _groups_of_like_length(alike)]
+        by_kind.setdefault((ranked_config(placed), placed.row.is_far), []).append(placed)
+    groups = [group for alike in by_kind.values() for group in _groups_of_like_length(alike)]
     return [sorted(group, key=lambda placed: not measures(placed)) for group in groups]
 
 

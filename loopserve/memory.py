@@ -8,13 +8,14 @@ from collections.abc import Iterable
 
 from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig
 from loopserve.reads import num_kept_tokens
+from loopserve.room import Room
 from loopserve.scheduler import Scheduler
 from loopserve.sessions import Session, SessionTable
 from loopserve.stats import BudgetDemand, MemoryStats
 
 
 def memory_stats(
-    config: EngineConfig, scheduler: Scheduler, sessions: SessionTable, *, block_bytes: int
+    config: EngineConfig, scheduler: Scheduler, room: Room, sessions: SessionTable, *, block_bytes: int
 ) -> MemoryStats:
     """Count it. Linear in turns, sessions and held blocks."""
     decode = config.decode
@@ -39,8 +40,8 @@ def memory_stats(
         active_tokens=sum(active),
         warm_tokens=sum(warm),
         demand=tuple(BudgetDemand(rung, needed_bytes(active, rung), needed_bytes(warm, rung)) for rung in rungs),
-        budget_tokens=scheduler.default_budget_tokens,
-        budget_ceiling_tokens=scheduler.budget_ceiling_tokens,
+        budget_tokens=room.default_budget_tokens,
+        budget_ceiling_tokens=room.budget_ceiling_tokens,
         budget_max_tokens=decode.budget_tokens,
         budget_floor_tokens=decode.budget_floor_tokens,
     )

@@ -67,6 +67,9 @@ class DecodeRule:
     observed_rows: int | None = None  # of the prefill's last; None: `DecodeSparsity.scoring_rows`
     window_tokens: int | None = None  # newest tokens at the choice, always read; None: `DecodeSparsity.window_tokens`
     page_tokens: int = 1  # tokens are chosen by aligned pages; of the recent ones the page being filled stays
+    can_be_compact: bool = (
+        False  # a choice lasts, is no larger than its budget in any list, and needs no other keys to be read
+    )
     recent_share: float = 0.0  # of budget and window together: what a window that slides takes at least
 
     def num_observed_rows(self, config: DecodeSparsity) -> int:
@@ -128,9 +131,9 @@ _PREFILL = (
 )
 _DECODE = (
     DecodeRule("dense", is_dense=True),
-    DecodeRule("progressive", Rechoice.ON_SCHEDULE, Scores.KEYS),
-    DecodeRule("first_block", observed_rows=16, window_tokens=32),
-    DecodeRule("snapkv", observed_rows=32, window_tokens=32),
+    DecodeRule("progressive", Rechoice.ON_SCHEDULE, Scores.KEYS, can_be_compact=True),
+    DecodeRule("first_block", observed_rows=16, window_tokens=32, can_be_compact=True),
+    DecodeRule("snapkv", observed_rows=32, window_tokens=32, can_be_compact=True),
     DecodeRule("pyramidkv", observed_rows=32, window_tokens=32),
     DecodeRule("adakv", observed_rows=32, window_tokens=32),
     DecodeRule("h2o", Rechoice.EVERY_STEP, observed_rows=ALL_ROWS, recent_share=0.5),

@@ -23,6 +23,7 @@ def segment_of(turn: Turn, end: int, *, budget_tokens: int) -> Segment:
         decode=_sparse_decode(turn, end, budget_tokens) if turn.is_decoding and turn.decode_sparse else None,
         capture=None if turn.is_decoding else _capture(turn, end, budget_tokens),
         sample=turn.sample_order() if end == len(turn.known_ids) else None,
+        places=turn.leased_branch.places,
     )
 
 
@@ -37,7 +38,14 @@ def segment_ahead(turn: Turn, before: Segment, *, budget_tokens: int) -> Segment
         table_epoch=table.epoch,
         decode=_sparse_decode(turn, start + 1, budget_tokens) if turn.decode_sparse else None,
         sample=turn.sample_order(num_pending=1),
+        places=turn.leased_branch.places,
     )
+
+
+def chooses_next(turn: Turn) -> bool:
+    """Whether the turn's next decode step makes a choice before it reads."""
+    decode = turn.policy.decode
+    return DECODE_RULES[decode.method].choice_due(turn.decode_steps + 1, decode)
 
 
 def account(turn: Turn, segment: Segment, quality: SegmentQuality | None, shape: ModelShape) -> None:
@@ -88,8 +96,17 @@ def _sparse_decode(turn: Turn, context_tokens: int, budget_tokens: int) -> Spars
     measure = rule.measurement_due(turn.decode_steps, decode)
     if turn.policy.min_coverage is not None:
         measure |= decode.promise_due(turn.decode_steps)
+    has_recalled, turn.has_recalled = (
+        turn.has_recalled,
+        turn.is_compact,
+    )  # with nothing brought yet, an answer would know nothing
     return SparseDecode(
-        turn.budget_at_choice, turn.chosen_at_tokens, measure=measure, choose=choose, dense=turn.window_dense
+        turn.budget_at_choice,
+        turn.chosen_at_tokens,
+        measure=measure,
+        choose=choose,
+        dense=turn.window_dense,
+        recalls_late=has_recalled and decode.recall == "late",
     )
 
 

@@ -7,6 +7,14 @@ One session's KV while a turn runs, by position:
     |<------- reused ------->|<----- prompt, to compute ----->|<--- outputs --->|
     0                    cached                           prompt_len         now
      shared or own blocks     own blocks, freed or warmed by the session at the turn's end
+
+Blocks of all tiers that a step can reach are numbered one after the other, and slots likewise:
+
+    |null|<------------- device ------------->|<------------------ host memory ------------------>|
+    0    1                               num_blocks                             num_blocks + num_host_blocks
+
+New tokens are written to device blocks only. A turn whose blocks are all on the device is *resident*; a *compact* one leaves most of them
+in host memory and reads what it chose of them from its *places*, device blocks in which every layer and KV head keeps tokens of its own.
 """
 
 from collections.abc import Sequence
@@ -24,7 +32,7 @@ NULL_BLOCK = BlockId(0)  # never allocated; padded slot indices point into it
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy a whole block, all layers and heads, before the step's forward (copy-on-write of a partly filled block)."""
+    """Copy a whole block, all layers and heads, before the step's forward: copy-on-write, or on its way between tiers."""
 
     source: BlockId
     target: BlockId
@@ -66,6 +74,9 @@ class SparseDecode:
     measure: bool
     choose: bool
     dense: bool
+    recalls_late: bool = (
+        False  # of a compact turn: what is newly chosen is brought meanwhile, and read by the next output
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +96,8 @@ class Segment:
     """The part of one turn that a step computes: a prefill chunk, or one decode token.
 
     `block_table` is the live list of the turn's blocks and covers `[0, start + len(token_ids))`; within one `table_epoch` it
-    only ever grows at its end, so a runner may keep what it has read.
+    only ever grows at its end, so a runner may keep what it has read. `places` is the live list of a compact turn's places; it grows and
+    shrinks at its end.
     """
 
     turn_id: TurnId
@@ -97,6 +109,7 @@ class Segment:
     decode: SparseDecode | None = None
     capture: CaptureOrder | None = None
     sample: SampleOrder | None = None
+    places: Sequence[BlockId] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +153,4 @@ class StepResult:
 
     tokens: tuple[SampledToken, ...]
     quality: tuple[SegmentQuality, ...] = ()
+    recalled_tokens: int = 0  # brought to places from host memory, counted once for each layer and KV head

@@ -49,6 +49,11 @@ def num_kept_tokens(context_tokens: int, chosen_at_tokens: int, budget_tokens: i
     return layout.num_sinks + min(layout.budget_tokens, layout.num_candidates) + context_tokens - layout.recent_start
 
 
+def num_places(config: DecodeSparsity, budget_tokens: int | None = None) -> int:
+    """Tokens of each layer and KV head that a compact turn has places for on the device, at a budget or the configured one."""
+    return config.sink_tokens + (config.budget_tokens if budget_tokens is None else budget_tokens)
+
+
 def kept_tokens(step: DecodeStep, config: DecodeSparsity, shape: ModelShape) -> float:
     """Tokens that a list reads in a step, mean over the layers."""
     if step.dense:

@@ -17,11 +17,14 @@ from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.dialogue import TurnId
 from loopserve.errors import ConfigError
 from loopserve.graphs import Capture, CudaCapture, DecodeGraphs
+from loopserve.kv.stage import Stage
 from loopserve.kv.store import KVStore, block_bytes
+from loopserve.kv.working_set import WorkingSets
 from loopserve.layout import Forward, LayoutBuilder, Placed, end_of
 from loopserve.loading import LoadedModel
 from loopserve.methods import DECODE_RULES
-from loopserve.plan import BlockId, SampledToken, Segment, StepPlan, StepResult
+from loopserve.plan import BlockCopy, BlockId, SampledToken, Segment, StepPlan, StepResult
+from loopserve.reads import num_places
 from loopserve.sampler import PendingDraws, draw
 from loopserve.transfer import HostCopy, on_device
 from loopserve.turn_table import TurnTable
@@ -50,6 +53,9 @@ class Runner(Protocol):
 
     def launch(self, plan: StepPlan) -> Launched:
         """Begin to compute one step; the steps launched before it come first."""
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Carry out copy orders that belong to no step."""
 
     def erase(self, blocks: Sequence[BlockId]) -> None:
         """Zero blocks that nobody holds."""
@@ -80,9 +86,15 @@ class ModelRunner:
     """Runs a stock model through the attention socket."""
 
     def __init__(
-        self, loaded: LoadedModel, config: EngineConfig, *, num_blocks: int, capture: Capture | None = None
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        num_host_blocks: int = 0,
+        capture: Capture | None = None,
     ) -> None:
-        """Allocates the KV pool and the turn table. `capture` None: CUDA graphs on CUDA, if the config wants them, else none."""
+        """Allocates the KV pools and the turn table. `capture` None: CUDA graphs on CUDA, if the config wants them, else none."""
         self._loaded = loaded
         # Triton launches on the device that is current, whatever its tensors lie on.
         is_cuda = loaded.device.type == "cuda"
@@ -95,16 +107,23 @@ class ModelRunner:
             dtype=loaded.dtype,
             device=loaded.device,
             sketch=config.decode.scoring == "sketch",
+            num_host_blocks=num_host_blocks,
         )
+        self._stage = Stage(self.store) if num_host_blocks else None
+        working_sets = None
+        if num_host_blocks:
+            working_sets = WorkingSets(self.store, config.max_running_turns, num_places(config.decode))
         wants_means = any(rule.estimates_left_out(config.decode) for rule in DECODE_RULES.values())
         longest = min(config.max_session_tokens or loaded.max_positions, loaded.max_positions)
         self._table = TurnTable(
             config.max_running_turns,
             min(longest, num_blocks * BLOCK_TOKENS) + BLOCK_TOKENS,
+            first_host_slot=self.store.num_slots,
             value_shape=(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim) if wants_means else None,
             device=loaded.device,
+            working_sets=working_sets,
         )
-        self._layouts = LayoutBuilder(loaded, config, self.store, self._table)
+        self._layouts = LayoutBuilder(loaded, config, self.store, self._table, self._stage)
         if capture is None and is_cuda and config.cuda_graphs:
             capture = CudaCapture(loaded.device)
         self._graphs = None if capture is None else DecodeGraphs(loaded, config, self.store, self._table, capture)
@@ -134,6 +153,17 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Launch one step and wait for it."""
         return self.launch(plan).result()
+
+    @property
+    def device_bytes(self) -> int:
+        """All that is kept on the device beside the model: pools, sketches, maps, and the stage as far as it has grown."""
+        stage = 0 if self._stage is None else self._stage.device_bytes
+        return self.store.device_bytes + self._table.device_bytes + stage
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Carry out copy orders that belong to no step. Mutates the KV pools."""
+        self.store.copy_blocks(copies)
 
     @torch.inference_mode()
     def erase(self, blocks: Sequence[BlockId]) -> None:
@@ -189,6 +219,13 @@ def num_pool_blocks(loaded: LoadedModel, config: EngineConfig) -> int:
             "free memory, raise kv_bytes_max or kv_memory_ratio, or use a smaller model."
         )
     return int(num_blocks)
+
+
+def num_host_pool_blocks(loaded: LoadedModel, config: EngineConfig, num_blocks: int) -> int:
+    """Blocks of the host tier beside so many on the device, as configured."""
+    if config.host_blocks is not None:
+        return config.host_blocks
+    return min(int(config.kv_host_ratio * num_blocks), config.kv_host_bytes_max // bytes_a_block(loaded, config))
 
 
 def _sampled_rows(segments: Sequence[Segment]) -> list[int]:

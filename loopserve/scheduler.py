@@ -5,21 +5,22 @@ Owns the queues. Every turn is in one of them until its one terminal event:
     submit -> waiting -> running -> ended
                  ^___________|  preempted: its blocks are given up, prompt and outputs are computed again
 
-Order of giving way when the pool is full: kept prefix blocks, warm branches (least recently used first), then the newest
-running turn. The oldest running turn always advances, so every turn ends.
+Who gives way when the device is full is told by `loopserve.room`; the last to do so is the newest running turn. Steps in which the oldest
+running turn waits for others to make room are few, and none of them is empty, so every turn ends.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loopserve.config import BLOCK_TOKENS, EngineConfig
+from loopserve.config import EngineConfig
 from loopserve.dialogue import FinishReason, Mode, TokensGenerated, TurnEnded, TurnEvent, TurnId, TurnStarted
 from loopserve.errors import Overloaded
 from loopserve.kv.cache import KVCache
 from loopserve.orders import account, segment_ahead, segment_of
 from loopserve.plan import BlockCopy, SampledToken, Segment, StepPlan, StepResult
 from loopserve.reads import ModelShape
+from loopserve.room import Relief, Room
 from loopserve.sessions import SessionTable
 from loopserve.stats import StepStats, TokenGap, TurnStats
 from loopserve.turn import Turn
@@ -41,6 +42,7 @@ class Scheduler:
         config: EngineConfig,
         cache: KVCache,
         sessions: SessionTable,
+        room: Room,
         *,
         shape: ModelShape,
         clock: Callable[[], float],
@@ -48,6 +50,7 @@ class Scheduler:
         self._config = config
         self._cache = cache
         self._sessions = sessions
+        self._room = room
         self._shape = shape
         self._clock = clock
         self._waiting: deque[Turn] = deque()
@@ -57,10 +60,11 @@ class Scheduler:
         self._left_batch: list[TurnId] = []
         self._step_index = 0
         self._num_preempted = 0
-        self._admission_blocked = False  # nothing was given back since the pool was found too full
+        self._blocked_at: int | None = (
+            None  # `Room.num_changes` when the pool was found too full and nothing was given back since
+        )
         self._first_tokens: list[TokenGap] = []
         self._token_gaps: list[TokenGap] = []
-        self.budget_ceiling_tokens: int | None = None  # over every turn's own budget, from its next choice on
 
     @property
     def num_waiting(self) -> int:
@@ -71,12 +75,6 @@ class Scheduler:
     def num_running(self) -> int:
         """Turns in the batch."""
         return len(self._running)
-
-    @property
-    def default_budget_tokens(self) -> int:
-        """Budget in force for turns that ask for none: the engine's own, under the ceiling."""
-        own = self._config.decode.budget_tokens
-        return own if self.budget_ceiling_tokens is None else min(own, self.budget_ceiling_tokens)
 
     def turns(self) -> Iterator[Turn]:
         """Every turn that has not ended."""
@@ -92,6 +90,16 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute. Admits, preempts and reserves on the way."""
         self._expire_waiting()
+        self._room.relax(self._running)
+        segments: list[Segment] = []
+        while not segments:
+            num_changes = self._room.num_changes
+            segments = self._segments()
+            if not segments and self._room.num_changes == num_changes:
+                return None  # nobody computes, and nobody makes room for others
+        return self._step(segments, copies=self._cache.take_copies())
+
+    def _segments(self) -> list[Segment]:
         room_tokens = self._config.max_step_prefill_tokens
         segments: list[Segment] = []
         for turn in list(self._running):
@@ -102,9 +110,7 @@ class Scheduler:
                 segments.append(segment)
                 room_tokens -= 0 if turn.is_decoding else len(segment.token_ids)
         segments.extend(self._admissions(room_tokens))
-        if not segments:
-            return None
-        return self._step(segments, copies=self._cache.take_copies())
+        return segments
 
     def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
         """The step after `plan`, which is still running: every turn goes on with the token that `plan` is about to draw.
@@ -113,17 +119,18 @@ class Scheduler:
         what will be drawn or measured, or a block is missing. A turn that ends with that token computes it in vain.
         """
         self._expire_waiting()
-        is_settled = (
-            not self._waiting or self._admission_blocked or len(self._running) >= self._config.max_running_turns
-        )
+        is_settled = not self._waiting or self._is_blocked or len(self._running) >= self._config.max_running_turns
         planned = {segment.turn_id: segment for segment in plan.segments}
         turns = [turn for turn in self._running if turn.num_outputs + 1 < turn.max_outputs]  # the others end
-        if not is_settled or not turns or not all(t.turn_id in planned and t.can_run_ahead for t in self._running):
+        can_go_on = all(
+            turn.turn_id in planned and turn.can_run_ahead and self._room.stays_as_it_is(turn) for turn in self._running
+        )
+        if not is_settled or not turns or not can_go_on:
             return None
         for turn in turns:
             if not self._cache.reserve(turn.leased_branch.table, planned[turn.turn_id].start + 2):
                 return None
-        segments = [segment_ahead(turn, planned[turn.turn_id], budget_tokens=self._budget(turn)) for turn in turns]
+        segments = [segment_ahead(turn, planned[turn.turn_id], budget_tokens=self._room.budget(turn)) for turn in turns]
         return self._step(segments, copies=())
 
     def _step(self, segments: Sequence[Segment], *, copies: tuple[BlockCopy, ...]) -> StepPlan:
@@ -157,12 +164,13 @@ class Scheduler:
         """Take the turn out, keep what it computed as warm KV, and issue its terminal event."""
         assert not turn.ended, "a turn ends once"
         turn.ended = True
-        self._admission_blocked = False
+        self._blocked_at = None
         if turn in self._running:
             self._running.remove(turn)
             self._left_batch.append(turn.turn_id)
         else:
             self._waiting.remove(turn)
+        self._room.leave(turn)
         usage, output_ids = turn.usage(), tuple(turn.output_ids())
         if turn.session is not None and turn.branch is not None:
             self._cache.trim(turn.branch.table)  # what a step planned ahead has no use for any more
@@ -185,7 +193,7 @@ class Scheduler:
 
     def room_was_made(self) -> None:
         """Blocks were given back by other means than an ended turn: try admissions again."""
-        self._admission_blocked = False
+        self._blocked_at = None
 
     def take_notices(self) -> list[Notice]:
         """The events since the last call, in order."""
@@ -219,16 +227,20 @@ class Scheduler:
             token_gaps=tuple(token_gaps),
         )
 
+    @property
+    def _is_blocked(self) -> bool:
+        return self._blocked_at is not None and self._blocked_at == self._room.num_changes
+
     def _admissions(self, room_tokens: int) -> Iterator[Segment]:
         for turn in list(self._waiting):
-            if self._admission_blocked or len(self._running) >= self._config.max_running_turns:
+            if self._is_blocked or len(self._running) >= self._config.max_running_turns:
                 return
             if turn.waits_for_leader:
                 continue
             if room_tokens <= 0:
                 return
             if not self._admit(turn):
-                self._admission_blocked = True
+                self._blocked_at = self._room.num_changes
                 return
             segment = self._segment(turn, room_tokens)
             if segment is None:
@@ -239,23 +251,24 @@ class Scheduler:
     def _admit(self, turn: Turn) -> bool:
         """Move a waiting turn into the batch if all it knows fits beside what runs."""
         num_known = turn.prompt_len + turn.num_outputs
-        if not self._has_room_for(num_known):
+        turn.decode_sparse = turn.policy.decode_is_sparse(num_known + 1, budget_tokens=self._room.budget(turn))
+        form = self._room.form_for(turn, num_known, self._running)
+        if form is None:
             return False
         if turn.branch is None:
             self._lease(turn)
-        elif self._config.reuse:
+        elif self._config.reuse and turn.num_computed == 0:
             self._sessions.refill(turn.leased_session, turn.branch, reuse_tokens_max=turn.request.reuse_tokens_max)
         self._waiting.remove(turn)
         self._running.append(turn)
         turn.start = turn.num_computed
         turn.is_decoding = False
-        turn.decode_sparse = turn.policy.decode_is_sparse(num_known + 1, budget_tokens=self._budget(turn))
         turn.decode_steps = 0
+        turn.budget_at_choice = 0
         turn.window_dense = False
-        while self._cache.num_blocks_missing(turn.leased_branch.table, num_known) > self._cache.pool.num_free:
-            if not self._sessions.evict_one():
-                self._preempt(turn)
-                return False
+        if not self._room.settle_in(turn, form, num_known):
+            self._preempt(turn)
+            return False
         return True
 
     def _lease(self, turn: Turn) -> None:
@@ -277,53 +290,35 @@ class Scheduler:
         turn.turn_number = session.num_turns
         self._notices.append(Notice(turn, TurnStarted(turn.turn_id, turn.cached_tokens, lease.rectified_tokens)))
 
-    def _has_room_for(self, num_tokens: int) -> bool:
-        """Whether a turn of that length fits beside all that the running ones know, with one block to grow for each of them."""
-        pool = self._cache.pool
-        promised = sum(
-            self._cache.num_blocks_missing(turn.leased_branch.table, len(turn.known_ids)) + 1 for turn in self._running
-        )
-        needed = -(-num_tokens // BLOCK_TOKENS) + promised
-        if needed <= pool.num_free:
-            return True
-        pinned = {block for turn in self._running for block in turn.leased_branch.table.blocks}
-        return needed <= pool.num_usable - len(pinned)
-
     def _segment(self, turn: Turn, room_tokens: int) -> Segment | None:
-        """The turn's part of the step, with room reserved; None when it must wait (no token room, or preempted just now)."""
+        """The turn's part of the step, with room reserved; None when it waits: for token room, for others to make room, or preempted."""
         is_decoding = turn.is_decoding
         num_rows = 1 if is_decoding else turn.next_chunk_len(turn.policy.prefill.chunk_tokens)
         if not is_decoding and num_rows > room_tokens:
             return None
         end = turn.num_computed + num_rows
-        if not self._reserve(turn, end):
-            return None
-        return segment_of(turn, end, budget_tokens=self._budget(turn))
-
-    def _budget(self, turn: Turn) -> int:
-        wanted = self._config.decode.budget_tokens if turn.policy.budget_tokens is None else turn.policy.budget_tokens
-        return wanted if self.budget_ceiling_tokens is None else min(wanted, self.budget_ceiling_tokens)
-
-    def _reserve(self, turn: Turn, num_tokens: int) -> bool:
-        """Make room for the turn's first `num_tokens`; False when the turn itself had to give way."""
-        while not self._cache.reserve(turn.leased_branch.table, num_tokens):
-            if self._sessions.evict_one():
-                continue
-            newest = self._running[-1]
-            self._preempt(newest)
-            if newest is turn:
-                return False
-        return True
+        while not self._room.prepare(turn, end):
+            relief = self._room.relieve(turn, self._running)
+            if relief is Relief.NEXT_STEP:
+                return None
+            if relief is Relief.NEVER:
+                newest = self._running[-1]
+                self._preempt(newest)
+                if newest is turn:
+                    return None
+        return segment_of(turn, end, budget_tokens=self._room.budget(turn))
 
     def _preempt(self, turn: Turn) -> None:
         self._running.remove(turn)
         self._left_batch.append(turn.turn_id)
-        self._cache.free(turn.leased_branch.table)
-        turn.leased_branch.sparse_from = None  # what sparse decoding wrote is gone; it is prefilled again
+        self._room.leave(turn)
+        if not self._room.park(turn):
+            self._cache.free(turn.leased_branch.table)
+            turn.leased_branch.sparse_from = None  # what sparse decoding wrote is gone; it is prefilled again
         self._waiting.appendleft(turn)
         turn.num_preemptions += 1
         self._num_preempted += 1
-        self._admission_blocked = False
+        self._blocked_at = None
 
     def _expire_waiting(self) -> None:
         """End turns that nobody will wait for any longer. Preempted ones have been answering and are left alone."""

@@ -1,9 +1,9 @@
 """Sessions and their branches: what each conversation's history is, and which KV of it is still there. Host only.
 
 Owns the session clock. A session holds one branch per continuation that a client may come back to; a branch is a token history
-and a block table. An idle branch's blocks are *warm*: they wait for the next turn and are given up, least recently used first,
-when the pool runs out; the history stays, so the KV can always be computed again. Knows nothing about turns, but for the id of
-the one that a branch is busy with.
+and a block table. An idle branch's blocks are *warm*: they wait for the next turn. When the device runs out they move to host memory, least
+recently used first, and are given up when that runs out, too; the history stays, so the KV can always be computed again. Knows nothing
+about turns, but for the id of the one that a branch is busy with.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import SessionId, TokenId, TurnId
 from loopserve.errors import NotFound
-from loopserve.kv.cache import BlockTable, KVCache
+from loopserve.kv.cache import BlockTable, KVCache, Tier
+from loopserve.plan import BlockId
 from loopserve.stats import Occupancy
 
 _COMPARE_TOKENS = 512  # list slices compare in C; one difference then costs at most this many Python steps
@@ -26,6 +27,9 @@ class Branch:
     table: BlockTable
     token_ids: list[TokenId] = field(default_factory=list)
     busy: TurnId | None = None
+    places: list[BlockId] = field(
+        default_factory=list
+    )  # of a compact turn: device blocks for chosen tokens, no part of the table
     sparse_from: int | None = None  # where the last answer's sparsely decoded tokens begin, until rectified
     last_used_s: float = 0.0
 
@@ -88,6 +92,8 @@ class SessionTable:
         self._max_branches = max_branches
         self._reuse = reuse
         self._clock = clock
+        self.num_offloaded = 0  # branches whose warm KV moved to host memory
+        self.num_dropped = 0  # branches whose warm KV was given up
         self._sessions: OrderedDict[SessionId, Session] = OrderedDict()  # least recently used first
 
     def __iter__(self) -> Iterator[Session]:
@@ -172,12 +178,38 @@ class SessionTable:
             self._drop(session, branch)
 
     def evict_one(self) -> bool:
-        """Give up the warm blocks of the branch that has been idle longest. False when no idle branch holds any."""
-        idle = [b for s in self._sessions.values() for b in s.branches if b.busy is None and b.table.blocks]
+        """Take the warm blocks of the branch that has been idle longest off the device. False when no idle branch holds any there."""
+        idle = [b for b in self._idle_branches() if b.table.num_device_blocks]
         if not idle:
             return False
-        self._cache.free(min(idle, key=lambda branch: branch.last_used_s).table)
+        branch = min(idle, key=lambda branch: branch.last_used_s)
+        if self.offload(branch):
+            self.num_offloaded += 1
+        else:
+            self._give_up(branch)
         return True
+
+    def offload(self, branch: Branch, *, keep_blocks: int = 0) -> bool:
+        """Move a branch's blocks to host memory, but for the last `keep_blocks`; idle branches that were used before it give way there.
+
+        False when some of them found no room; these stay.
+        """
+        if not self._cache.has_host:
+            return False
+        while not self._cache.offload(branch.table, keep_blocks=keep_blocks):
+            older = [b for b in self._idle_branches() if b.table.num_host_blocks and b is not branch]
+            oldest = min(older, key=lambda b: b.last_used_s, default=None)
+            if oldest is None or (branch.busy is None and oldest.last_used_s >= branch.last_used_s):
+                return False
+            self._give_up(oldest)
+        return True
+
+    def _idle_branches(self) -> Iterator[Branch]:
+        return (b for s in self._sessions.values() for b in s.branches if b.busy is None)
+
+    def _give_up(self, branch: Branch) -> None:
+        self.num_dropped += 1
+        self._cache.free(branch.table)
 
     def release(self, session_id: SessionId) -> None:
         """Forget a session and its KV; the prefix index keeps what other sessions hold, nothing else. Raises NotFound.
@@ -200,18 +232,19 @@ class SessionTable:
             idle_s=0.0 if session.is_active else self._clock() - session.last_used_s,
         )
 
-    def occupancy(self) -> Occupancy:
-        """Blocks by kind, counted now: linear in the blocks held."""
+    def occupancy(self, tier: Tier = Tier.DEVICE) -> Occupancy:
+        """Blocks of one tier by kind, counted now: linear in the blocks held."""
+        pool = self._cache.pool if tier is Tier.DEVICE else self._cache.host_pool
         holders: dict[int, set[SessionId]] = {}
         active_blocks: set[int] = set()
         for session in self._sessions.values():
             for branch in session.branches:
-                for block in branch.table.blocks:
+                held = [block for block in (*branch.table.blocks, *branch.places) if block in pool.ids]
+                for block in held:
                     holders.setdefault(block, set()).add(session.session_id)
                 if branch.busy is not None:
-                    active_blocks.update(branch.table.blocks)
+                    active_blocks.update(held)
         shared = {block for block, ids in holders.items() if len(ids) > 1}
-        pool = self._cache.pool
         return Occupancy(
             total=pool.num_usable,
             active=len(active_blocks - shared),

@@ -28,6 +28,17 @@ class Occupancy:
 
 
 @dataclass(frozen=True, slots=True)
+class PressureCounts:
+    """How often something gave way to a turn that found no room, since the start, in the order in which they are tried."""
+
+    reclaimed_prefix_blocks: int = 0  # of nobody, kept for their prefix
+    offloaded_sessions: int = 0  # idle branches, to host memory
+    dropped_sessions: int = 0  # idle branches, for which no lower tier had room
+    compacted_turns: int = 0
+    lowered_budgets: int = 0  # by a rung, for all compact turns
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetDemand:
     """Bytes of the working sets that conversations would need at one budget; `budget_tokens` None: all of their tokens."""
 

@@ -36,6 +36,8 @@ class Turn:
     decode_sparse: bool = False
     budget_at_choice: int = 0
     chosen_at_tokens: int = 0  # context length at the last choice
+    is_compact: bool = False  # its KV lies in host memory, or is about to: see `loopserve.room`
+    has_recalled: bool = False  # since it is compact
     window_dense: bool = False  # the last measured coverage was too low
     cached_tokens: int = 0
     tally: QualityTally = field(default_factory=QualityTally)

@@ -7,6 +7,7 @@ rows, H query heads, Hkv KV heads, G = H // Hkv query heads of one KV head, D he
 layer; slot = block * BLOCK_TOKENS + offset. Query head h reads KV head h // G.
 """
 
+from loopserve.kernels.compact_kv import compact_kv
 from loopserve.kernels.coverage_threshold import coverage_threshold
 from loopserve.kernels.line_scores import line_scores
 from loopserve.kernels.mass_outside_tiles import mass_outside_tiles
@@ -24,6 +25,7 @@ __all__ = [
     "KeySketch",
     "LeftOut",
     "SketchScores",
+    "compact_kv",
     "coverage_threshold",
     "line_scores",
     "mass_outside_tiles",

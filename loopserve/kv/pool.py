@@ -1,4 +1,4 @@
-"""Blocks of the device pool: reference counts and the free list. Host only; knows neither tokens nor sessions nor bytes.
+"""Blocks of one tier's pool: reference counts and the free list. Host only; knows neither tokens nor sessions nor bytes.
 
 Every block is in exactly one of these places, and who moves it on:
 
@@ -11,14 +11,14 @@ Where runs are read in place (on a CPU: half the time of a dense decode over 640
 neighbouring blocks: the one right after its last while nobody holds that, even if a prefix was kept in it; and its first one where
 the most room to grow is.
 
-Block 0 is the null block: never handed out, so that padded slot indices have somewhere harmless to point.
+A pool is told which ids are its own: tiers number their blocks one after the other (`loopserve.plan.BlockId`).
 """
 
 import re
 from collections import OrderedDict
 from collections.abc import Callable
 
-from loopserve.plan import NULL_BLOCK, BlockId
+from loopserve.plan import BlockId
 
 _FREE, _KEPT, _HELD = range(3)
 _FREE_STRETCH, _OPEN_STRETCH = re.compile(rb"\x00+"), re.compile(rb"[\x00\x01]+")
@@ -28,22 +28,21 @@ _RUN_BLOCKS_MIN = 16  # a stretch of free blocks shorter than this (256 tokens) 
 class BlockPool:
     """Hands out blocks. `on_reclaim` is told when a kept block loses its content, so that an index can forget it."""
 
-    def __init__(self, num_blocks: int, *, on_reclaim: Callable[[BlockId], None], makes_runs: bool = True) -> None:
-        assert num_blocks >= 2, "the pool needs the null block and at least one more"
-        self.num_blocks = num_blocks
+    def __init__(self, ids: range, *, on_reclaim: Callable[[BlockId], None], makes_runs: bool = True) -> None:
+        assert ids.step == 1, "the ids of a pool follow each other"
+        self.ids = ids
         self._on_reclaim = on_reclaim
-        self._free = dict.fromkeys(BlockId(i) for i in range(NULL_BLOCK + 1, num_blocks))  # an ordered set
+        self._free = dict.fromkeys(BlockId(i) for i in ids)  # an ordered set
         self._makes_runs = makes_runs
-        self._places = bytearray(num_blocks)  # of each block, for searching
-        self._places[NULL_BLOCK] = _HELD
-        self._counts = [0] * num_blocks
+        self._places = bytearray(len(ids))  # of each block, for searching
+        self._counts = [0] * len(ids)
         self._kept: OrderedDict[BlockId, None] = OrderedDict()
         self._marked: set[BlockId] = set()
 
     @property
     def num_usable(self) -> int:
         """Blocks that can ever be handed out."""
-        return self.num_blocks - 1
+        return len(self.ids)
 
     @property
     def num_free(self) -> int:
@@ -57,7 +56,7 @@ class BlockPool:
 
     def count(self, block: BlockId) -> int:
         """How many holders the block has."""
-        return self._counts[block]
+        return self._counts[block - self.ids.start]
 
     def allocate(self, after: BlockId | None = None) -> BlockId | None:
         """A block with one holder and unspecified content, or None when all are held; near `after` where runs are made."""
@@ -72,34 +71,36 @@ class BlockPool:
             del self._kept[wanted]
             self._marked.discard(wanted)
             self._on_reclaim(wanted)
-        assert self._counts[wanted] == 0, f"block {wanted} is handed out while held"
-        self._counts[wanted] = 1
-        self._places[wanted] = _HELD
+        assert self.count(wanted) == 0, f"block {wanted} is handed out while held"
+        self._counts[wanted - self.ids.start] = 1
+        self._places[wanted - self.ids.start] = _HELD
         return wanted
 
     def retain(self, block: BlockId) -> None:
         """Add a holder to a held or kept block."""
-        assert self._counts[block] > 0 or block in self._kept, f"block {block} is free and cannot be retained"
-        if self._counts[block] == 0:
+        index = block - self.ids.start
+        assert self._counts[index] > 0 or block in self._kept, f"block {block} is free and cannot be retained"
+        if self._counts[index] == 0:
             del self._kept[block]
-            self._places[block] = _HELD
-        self._counts[block] += 1
+            self._places[index] = _HELD
+        self._counts[index] += 1
 
     def release(self, block: BlockId) -> None:
         """Drop one holder."""
-        assert self._counts[block] > 0, f"block {block} is released more often than held"
-        self._counts[block] -= 1
-        if self._counts[block] == 0:
+        index = block - self.ids.start
+        assert self._counts[index] > 0, f"block {block} is released more often than held"
+        self._counts[index] -= 1
+        if self._counts[index] == 0:
             if block in self._marked:
                 self._kept[block] = None
-                self._places[block] = _KEPT
+                self._places[index] = _KEPT
             else:
                 self._free[block] = None
-                self._places[block] = _FREE
+                self._places[index] = _FREE
 
     def mark(self, block: BlockId) -> None:
         """Keep the block's content when its last holder goes. Unmarked again when it is reclaimed."""
-        assert self._counts[block] > 0, f"block {block} is marked while nobody holds it"
+        assert self.count(block) > 0, f"block {block} is marked while nobody holds it"
         self._marked.add(block)
 
     def forget(self, block: BlockId) -> None:
@@ -109,29 +110,28 @@ class BlockPool:
         self._marked.discard(block)
         self._on_reclaim(block)
         self._free[block] = None
-        self._places[block] = _FREE
+        self._places[block - self.ids.start] = _FREE
 
     def check(self) -> None:
         """Assert that every block is in exactly one place."""
         held = sum(1 for count in self._counts if count > 0)
         assert len(self._free) + len(self._kept) + held == self.num_usable, "blocks are lost or counted twice"
-        assert all(self._counts[block] == 0 for block in self._free), "a free block is held"
-        assert all(self._counts[block] == 0 and block in self._marked for block in self._kept), "a kept block is wrong"
-        assert self._counts[NULL_BLOCK] == 0, "the null block is held"
-        places = [_FREE if b in self._free else _KEPT if b in self._kept else _HELD for b in range(self.num_blocks)]
+        assert all(self.count(block) == 0 for block in self._free), "a free block is held"
+        assert all(self.count(block) == 0 and block in self._marked for block in self._kept), "a kept block is wrong"
+        places = [_FREE if b in self._free else _KEPT if b in self._kept else _HELD for b in self.ids]
         assert list(self._places) == places, "the search table is stale"
 
     def _continuation(self, after: BlockId | None) -> BlockId:
         """The block after `after` if nobody holds it, else the start of a new run. Some block is not held."""
-        if after is not None and after + 1 < self.num_blocks and self._counts[after + 1] == 0:
+        if after is not None and after + 1 in self.ids and self.count(BlockId(after + 1)) == 0:
             return BlockId(after + 1)
         stretch = self._longest_stretch(_FREE_STRETCH)
         if len(stretch) < _RUN_BLOCKS_MIN:
             stretch = self._longest_stretch(_OPEN_STRETCH)
-        grows_into_it = stretch.start > NULL_BLOCK + 1  # what lies before may go on; the half of the room is left to it
-        return BlockId(stretch.start + len(stretch) // 2 if grows_into_it else stretch.start)
+        grows_into_it = stretch.start > 0  # what lies before may go on; the half of the room is left to it
+        return BlockId(self.ids.start + stretch.start + (len(stretch) // 2 if grows_into_it else 0))
 
     def _longest_stretch(self, pattern: re.Pattern[bytes]) -> range:
-        """The most blocks in a row whose places match. Linear in the pool, once for each new run: 0.1 ms for 32,000 blocks."""
+        """The most blocks in a row whose places match, from the first one on. Linear in the pool, once a new run: 0.1 ms for 32,000."""
         spans = (match.span() for match in pattern.finditer(self._places))
         return range(*max(spans, key=lambda span: span[1] - span[0], default=(0, 0)))

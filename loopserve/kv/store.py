@@ -1,18 +1,30 @@
-"""The bytes of the KV pool on one device. Carries out copy orders and erasures; decides nothing.
+"""The bytes of the KV pools, on the device and in host memory. Carries out copy orders and erasures; decides nothing.
 
-Layout: one key and one value tensor a layer, `[S, Hkv, D]`, S = num_blocks * 16 slots; slot = block * 16 + offset. Tokens of a
+Layout: one key and one value tensor a layer and tier, `[S, Hkv, D]`, S = blocks * 16 slots; slot = block * 16 + offset. Tokens of a
 block lie side by side with all their heads, so a gather of whole tokens moves Hkv * D contiguous elements. Where a sketch of the keys is
-wanted it lies by slot too, and is copied and erased with them.
+wanted it lies by slot too, and is copied and erased with them; sketches of host blocks lie on the device as well, so that what is in
+host memory can be ranked without being read.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from loopserve.config import BLOCK_TOKENS
 from loopserve.kernels.sketch import KeySketch, sketch_bytes
 from loopserve.plan import BlockCopy, BlockId
 from loopserve.transfer import on_device
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Tokens of one sequence that lie side by side on one tier."""
+
+    first_token: int
+    first_slot: int
+    num_tokens: int
 
 
 class KVStore:
@@ -28,43 +40,81 @@ class KVStore:
         dtype: torch.dtype,
         device: torch.device,
         sketch: bool = False,
+        num_host_blocks: int = 0,
     ) -> None:
-        """Allocates `num_blocks` times `block_bytes`, zeroed (lazily, on a CPU)."""
-        shape = (num_blocks * BLOCK_TOKENS, num_kv_heads, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.sketches = [KeySketch.empty(*shape, device) for _ in range(num_layers)] if sketch else []
+        """Allocates `num_blocks` times `block_bytes` on the device, and the host's: zeroed, lazily on a CPU; pinned for CUDA."""
+        token = (num_kv_heads, head_dim)
+        self.num_slots = num_blocks * BLOCK_TOKENS  # on the device; host slots come after them
+        num_host_slots = num_host_blocks * BLOCK_TOKENS
+        is_pinned = device.type == "cuda" and num_host_slots > 0
+
+        def on_tier() -> tuple[list[Tensor], list[Tensor]]:
+            here, there = (self.num_slots, *token), (num_host_slots, *token)
+            return (
+                [torch.zeros(here, dtype=dtype, device=device) for _ in range(num_layers)],
+                [torch.zeros(there, dtype=dtype, pin_memory=is_pinned) for _ in range(num_layers)],
+            )
+
+        self.keys, self.host_keys = on_tier()
+        self.values, self.host_values = on_tier()
+        num_sketched = self.num_slots + num_host_slots if sketch else 0
+        self.sketches = [KeySketch.empty(num_sketched, *token, device) for _ in range(num_layers)] if sketch else []
         # The same memory as [1, Hkv, S, D]: attention over a run of slots then needs one narrowing a layer, not three views.
         self.keys_by_head = [pool.transpose(0, 1).unsqueeze(0) for pool in self.keys]
         self.values_by_head = [pool.transpose(0, 1).unsqueeze(0) for pool in self.values]
 
     @property
-    def num_slots(self) -> int:
-        """Places for one token's keys and values."""
-        return self.keys[0].shape[0]
+    def device(self) -> torch.device:
+        """Where the device tier lies."""
+        return self.keys[0].device
+
+    @property
+    def device_bytes(self) -> int:
+        """What the device tier takes: keys, values and all sketches."""
+        tensors = [*self.keys, *self.values]
+        tensors += [part for sketch in self.sketches for part in (sketch.signs, sketch.scales)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Carry out copy orders one after the other: a later one may read what an earlier one wrote."""
-        for copy in copies:
-            source, target = _slots_of(copy.source), _slots_of(copy.target)
-            for pool in self._pools():
-                pool[target] = pool[source]
+        """Carry out copy orders, within a tier or between two, one after the other: a later one may read what an earlier one wrote.
+
+        On CUDA they are queued, in the order of everything else.
+        """
+        for first, num_blocks in _runs(copies):
+            num_slots = num_blocks * BLOCK_TOKENS
+            source, target = first.source * BLOCK_TOKENS, first.target * BLOCK_TOKENS
+            for layer in range(len(self.keys)):
+                for to, what in zip(
+                    self.slots(layer, target, num_slots), self.slots(layer, source, num_slots), strict=True
+                ):
+                    to.copy_(what, non_blocking=True)
+            for sketch in self.sketches:
+                for part in (sketch.signs, sketch.scales):
+                    part[target : target + num_slots] = part[source : source + num_slots]
 
     def erase_blocks(self, blocks: Sequence[BlockId]) -> None:
         """Zero whole blocks in every layer; they are zero when this returns."""
-        device = self.keys[0].device
-        starts = on_device(blocks, device, dtype=torch.long).unsqueeze(1) * BLOCK_TOKENS
-        slots = (starts + torch.arange(BLOCK_TOKENS, device=device)).flatten()  # [blocks * 16]
-        for pool in self._pools():
-            pool.index_fill_(0, slots, 0)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # kernels are only queued so far, and somebody is told that it is done
+        self.settle()  # copies that are queued may still read or write host memory
+        num_blocks = self.num_slots // BLOCK_TOKENS
+        here = [block for block in blocks if block < num_blocks]
+        there = [block - num_blocks for block in blocks if block >= num_blocks]
+        _zero([*self.keys, *self.values], here)
+        _zero([*self.host_keys, *self.host_values], there)
+        _zero([part for sketch in self.sketches for part in (sketch.signs, sketch.scales)], blocks)
+        self.settle()  # kernels are only queued so far, and somebody is told that it is done
 
-    def _pools(self) -> Iterator[torch.Tensor]:
-        """All that lies by slot."""
-        yield from (*self.keys, *self.values)
-        for sketch in self.sketches:
-            yield from (sketch.signs, sketch.scales)
+    def slots(self, layer: int, first_slot: int, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of slots that follow each other on one tier, [num_slots, Hkv, D] each; views."""
+        keys, values = self.keys[layer], self.values[layer]
+        if first_slot >= self.num_slots:
+            first_slot -= self.num_slots
+            keys, values = self.host_keys[layer], self.host_values[layer]
+        return keys[first_slot : first_slot + num_slots], values[first_slot : first_slot + num_slots]
+
+    def settle(self) -> None:
+        """Wait until all that was queued is done, so that the host may read and write what lies in its memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, sketch: bool = False) -> int:
@@ -73,5 +123,26 @@ def block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: tor
     return num_layers * BLOCK_TOKENS * num_kv_heads * a_token
 
 
-def _slots_of(block: int) -> slice:
-    return slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
+def _runs(copies: Sequence[BlockCopy]) -> Iterator[tuple[BlockCopy, int]]:
+    """Copy orders as the first one and how many follow each other in source and target alike; none of a run reads what it writes."""
+    first, length = None, 0
+    for copy in copies:
+        if first is not None:
+            follows = (copy.source - first.source, copy.target - first.target) == (length, length)
+            if follows and abs(first.target - first.source) > length:
+                length += 1
+                continue
+            yield first, length
+        first, length = copy, 1
+    if first is not None:
+        yield first, length
+
+
+def _zero(pools: Sequence[Tensor], blocks: Sequence[int]) -> None:
+    if not pools or not blocks:
+        return
+    device = pools[0].device
+    starts = on_device(blocks, device, dtype=torch.long).unsqueeze(1) * BLOCK_TOKENS
+    slots = (starts + torch.arange(BLOCK_TOKENS, device=device)).flatten()  # [blocks * 16]
+    for pool in pools:
+        pool.index_fill_(0, slots, 0)

@@ -6,6 +6,7 @@ together). Source: phase 2 of arXiv 2507.13681; the sketch and the mean value ar
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ class RankedRows:
     num_measured: int  # the first rows: the dense weight that they read is measured, by all keys
 
 
+class Reach(Protocol):
+    """How rows get at keys and values that are not all on the device."""
+
+    def locate(self, columns: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Where chosen columns int64 [R, Hs, M] can be read: slots of the pool, and which of them may be, bool [R, Hs, M] or None: all."""
+
+    def keys(self, row: int) -> tuple[Tensor, Tensor]:
+        """All keys of one row: [S', Hkv, D], and where in them its columns lie, int64 [N]."""
+
+
 def attend_ranked(
     query: Tensor,
     key_pool: Tensor,
@@ -33,41 +44,54 @@ def attend_ranked(
     sketch: KeySketch,
     rows: RankedRows,
     *,
+    reach: Reach | None = None,
     mean_value: Tensor | None,
     config: DecodeSparsity,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Let row r, head h read sinks, its heaviest tokens by sketch and its newest.
 
-    query [R, H, D]; pools [S, Hkv, D]; mean_value float32 [R, Hkv, D] stands for all that is not read, if it is wanted. Returns the
-    attention [R, H, D] in query's dtype, and the coverage of the measured rows, float32 [measured, H]. Mutates nothing.
+    query [R, H, D]; pools [S, Hkv, D]; `reach` None: `rows.slots` lie in them, else in the sketches only. mean_value float32 [R, Hkv, D]
+    stands for all that is not read, if it is wanted. Returns the attention [R, H, D] in query's dtype, and the coverage of the measured
+    rows, float32 [measured, H]. Mutates nothing but what `reach` brings.
     """
     num_lists = query.shape[1] if config.select_per == "query_head" else key_pool.shape[1]
     weights, log_sum = sketch_scores(query, sketch, rows.slots, rows.lengths, num_lists=num_lists, scale=scale)
     columns, valid = _kept_columns(weights, rows, config)
     listed = rows.slots.gather(1, columns.flatten(1)).view(columns.shape)  # [R, Hs, M]
+    slots = listed
+    if reach is not None:
+        slots, valid = reach.locate(columns, valid)
     left_out = None
     if mean_value is not None:
         held = sketch_log_sum(query, sketch, listed, valid, scale=scale)
         share = torch.expm1(held - log_sum).neg().clamp(min=0.0)  # of the weight, outside; rounding may exceed
         left_out = LeftOut(log_sum + share.log(), mean_value)
-    output = paged_decode(query, key_pool, value_pool, listed, valid, scale=scale, left_out=left_out)
-    return output, _coverage(query, key_pool, rows, columns, valid, scale=scale)
+    output = paged_decode(query, key_pool, value_pool, slots, valid, scale=scale, left_out=left_out)
+    return output, _coverage(query, key_pool, rows, columns, valid, reach=reach, scale=scale)
 
 
 def _coverage(
-    query: Tensor, key_pool: Tensor, rows: RankedRows, columns: Tensor, valid: Tensor | None, *, scale: float
+    query: Tensor,
+    key_pool: Tensor,
+    rows: RankedRows,
+    columns: Tensor,
+    valid: Tensor | None,
+    *,
+    reach: Reach | None,
+    scale: float,
 ) -> Tensor:
     """Dense weight that the measured rows' lists hold, float32 [measured, H]."""
     num_heads, num_lists = query.shape[1], columns.shape[1]
     coverage = query.new_zeros((rows.num_measured, num_heads), dtype=torch.float32)
     for row in range(rows.num_measured):
-        weights = token_scores(
-            query[row : row + 1], key_pool, rows.slots[row], rows.lengths[row : row + 1] - 1, scale=scale
-        )
-        held = weights.gather(1, columns[row].repeat_interleave(num_heads // num_lists, dim=0))  # [H, M]
+        keys, slots = (key_pool, rows.slots[row]) if reach is None else reach.keys(row)
+        weights = token_scores(query[row : row + 1], keys, slots, rows.lengths[row : row + 1] - 1, scale=scale)
+        listed = columns[row].clamp(max=slots.shape[0] - 1)  # padding may lie behind them
+        per_list = num_heads // num_lists
+        held = weights.gather(1, listed.repeat_interleave(per_list, dim=0))  # [H, M]
         if valid is not None:
-            held = held.masked_fill(~valid[row, :1], 0.0)  # all lists of a row have the same padding
+            held = held.masked_fill(~valid[row].repeat_interleave(per_list, dim=0), 0.0)
         coverage[row] = held.sum(dim=1)
     return coverage.clamp(max=1.0)  # rounding may exceed
 

@@ -137,15 +137,18 @@ class TurnSelection:
         measure: bool = True,
         choose: bool = True,
         sketch: KeySketch | None = None,
+        sketch_slots: Tensor | None = None,
     ) -> Tensor | None:
         """Say how good a layer's choice was, and choose again from its N = len(slots) columns.
 
         Returns the share of dense weight that the choice in use held under the queries recorded since it was made or last measured
         (the newest `config.scoring_rows` of them), float32 [H]; None where none is in use, none was recorded, or `measure` is off.
-        Where every step chooses, the newest query is measured on what it is about to read. With a `sketch` of the keys, a choice reads that
-        instead of them; one that lasts longer than the step takes the keys where they are all read to measure.
+        Where every step chooses, the newest query is measured on what it is about to read. With a `sketch` of the keys, a choice reads
+        that instead of them, at `sketch_slots` where these differ; one that lasts longer than the step takes the keys where they are all
+        read to measure.
         """
         seen = self._observation(layer, key_pool, slots, budget_tokens=budget_tokens, scale=scale)
+        seen = replace(seen, sketch_slots=sketch_slots)
         num_new = min(self._num_recorded[layer] - self._num_measured[layer], self.config.scoring_rows)
         if choose and self._method.rule.chooses_every_step(self.config):
             if sketch is not None and self._method.rule.estimates_left_out(self.config):
@@ -219,7 +222,7 @@ class TurnSelection:
         """Choose by the newest query's sketch scores, and keep how much weight they give to all that is left out."""
         lengths = seen.positions[:1] + 1
         by_sketch = sketch_scores(
-            seen.queries[:1], sketch, seen.slots[None], lengths, num_lists=self._num_heads, scale=seen.scale
+            seen.queries[:1], sketch, seen.columns_in_sketch[None], lengths, num_lists=self._num_heads, scale=seen.scale
         )
         weights = by_sketch.weights[0]  # [H, N]
         self._choose(layer, replace(seen, sketch=sketch, scored=weights, num_scored=1))

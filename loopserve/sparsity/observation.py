@@ -27,6 +27,12 @@ class Observation:
     scored: Tensor | None = None  # float32 [H, N]: weights of the newest `num_scored` rows, if they are known
     num_scored: int = 0
     sketch: KeySketch | None = None  # of the keys, to be read instead of them
+    sketch_slots: Tensor | None = None  # int64 [N]: where the columns lie in it; None: where they lie in the pool
+
+    @property
+    def columns_in_sketch(self) -> Tensor:
+        """Where the columns lie in the sketch, int64 [N]."""
+        return self.slots if self.sketch_slots is None else self.sketch_slots
 
     def weights(self, num_rows: int) -> Tensor:
         """Attention weight that the newest `num_rows` rows (or as many as there are) give to each column, float32 [H, N].
@@ -37,7 +43,7 @@ class Observation:
             return self.scored
         if self.sketch is not None:
             queries, lengths = self.queries[:num_rows], self.positions[:num_rows] + 1
-            slots = self.slots.expand(len(queries), -1)
+            slots = self.columns_in_sketch.expand(len(queries), -1)
             num_heads = queries.shape[1]
             by_row = sketch_scores(queries, self.sketch, slots, lengths, num_lists=num_heads, scale=self.scale)
             return by_row.weights.sum(dim=0)

@@ -175,7 +175,7 @@ def test_as_many_sequences_fit_as_their_blocks_do(loaded):
     config = config_of()
     one = FilledPool(loaded, config, num_sequences=1, context_tokens=100, room_tokens=20)
     store = one._runner.store
-    num_bytes = sum(pool.numel() * pool.element_size() for pool in store._pools())
+    num_bytes = store.device_bytes
     a_sequence = num_bytes * 8 // 9  # the null block is nobody's
     for spare, fitting in ((-1, 2), (0, 3)):
         assert fitting == num_fitting(
@@ -272,7 +272,7 @@ def test_decode_step_tries_fewer_sequences_when_memory_runs_out(tmp_path, monkey
 def num_bytes_of(loaded, config, *, tokens):
     """Of the pool that one sequence of so many tokens has."""
     store = FilledPool(loaded, config, num_sequences=1, context_tokens=tokens, room_tokens=0)._runner.store
-    num_bytes = sum(pool.numel() * pool.element_size() for pool in store._pools())
+    num_bytes = store.device_bytes
     blocks = store.num_slots // BLOCK_TOKENS
     return num_bytes * (blocks - 1) / blocks
 

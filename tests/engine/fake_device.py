@@ -16,7 +16,17 @@ from loopserve.dialogue import Mode, SessionId, TokenId, TokensGenerated, TurnEn
 from loopserve.engine import Engine
 from loopserve.kv.cache import KVCache
 from loopserve.loading import LoadedModel
-from loopserve.plan import NULL_BLOCK, PENDING_TOKEN, SampledToken, Segment, SegmentQuality, StepPlan, StepResult
+from loopserve.methods import DECODE_RULES
+from loopserve.plan import (
+    NULL_BLOCK,
+    PENDING_TOKEN,
+    BlockCopy,
+    SampledToken,
+    Segment,
+    SegmentQuality,
+    StepPlan,
+    StepResult,
+)
 from loopserve.runner import Finished
 from loopserve.stats import StepStats, TurnStats
 from loopserve.turn import Turn
@@ -98,9 +108,7 @@ class FakeDevice:
             self._tables.pop(turn_id, None)
             self._captured.discard(turn_id)
             self._chosen.discard(turn_id)
-        for copy in plan.copies:
-            assert copy.target != NULL_BLOCK
-            self._copy(copy.source, copy.target)
+        self.copy(plan.copies)
         assert len({s.turn_id for s in plan.segments}) == len(plan.segments), "a turn has two segments in one step"
         self._check_writes(plan.segments)
         tokens, quality = [], []
@@ -119,6 +127,12 @@ class FakeDevice:
     def launch(self, plan: StepPlan) -> Finished:
         """See `run`."""
         return Finished(self.run(plan))
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Carry out copies."""
+        for copy in copies:
+            assert copy.target != NULL_BLOCK
+            self._copy(copy.source, copy.target)
 
     def erase(self, blocks: Sequence[int]) -> None:
         """Forget what lies in blocks that nobody holds."""
@@ -144,6 +158,7 @@ class FakeDevice:
         assert (segment.sample is not None) == (end == len(known)), "drawn from exactly the last known token's row"
         table = self._table_as_read(segment)
         self._check_context(segment, turn, table)
+        self._check_reach(segment, turn, table)
         if segment.decode is not None:
             assert len(segment.token_ids) == 1
             assert turn.turn_id in self._captured, "a sparse decode follows a prefill that kept its queries"
@@ -169,6 +184,23 @@ class FakeDevice:
             return self.slots[_slot(table, start - 1)]
         return Slot(first_digest(turn.request.cache_salt), None, True)
 
+    def _check_reach(self, segment: Segment, turn: Turn, table: Sequence[int]) -> None:
+        """A prefill reads host memory through the stage; who decodes reads what is recent, and has places for the rest."""
+        far = [number for number, block in enumerate(table) if block in self.cache.host_pool.ids]
+        is_prefill = not turn.is_decoding
+        if not far or is_prefill:
+            return
+        order = segment.decode
+        assert order is not None and not order.dense, "a dense row reads what is not on the device"
+        config = turn.policy.decode
+        room = len(segment.places) * BLOCK_TOKENS
+        assert room >= config.sink_tokens + order.budget_tokens, "more tokens may be chosen than there are places"
+        recent_start = (
+            DECODE_RULES[config.method].layout(order.chosen_at_tokens, order.budget_tokens, config).recent_start
+        )
+        assert (far[-1] + 1) * BLOCK_TOKENS <= recent_start, "a recent token is not on the device"
+        assert all(self.cache.pool.count(block) == 1 for block in segment.places)
+
     def _check_context(self, segment: Segment, turn: Turn, table: Sequence[int]) -> None:
         digest = first_digest(turn.request.cache_salt)
         for position, slot in enumerate(self.content(table, segment.start)):
@@ -185,7 +217,7 @@ class FakeDevice:
         for segment in segments:
             first, last = segment.start // BLOCK_TOKENS, (segment.start + len(segment.token_ids) - 1) // BLOCK_TOKENS
             for block in segment.block_table[first : last + 1]:
-                assert block != NULL_BLOCK
+                assert block in self.cache.pool.ids, "tokens are written to the device only"
                 assert block not in written, f"turns {written[block]} and {segment.turn_id} write block {block}"
                 assert self.cache.pool.count(block) == 1, f"turn {segment.turn_id} writes shared block {block}"
                 assert block not in self.cache._hash_of, f"turn {segment.turn_id} writes indexed block {block}"
@@ -298,6 +330,7 @@ def small_config(**overrides) -> EngineConfig:
     """Limits and thresholds so small that short sequences reach them."""
     settings = {
         "kv_blocks": 16,
+        "host_blocks": 0,
         "max_running_turns": 4,
         "max_waiting_turns": 8,
         "max_sessions": 5,

@@ -20,7 +20,7 @@ from loopserve.dialogue import (
     TurnRequest,
 )
 from loopserve.errors import ContextLengthExceeded, InvalidRequest, NotFound, Overloaded
-from loopserve.kv.cache import Provenance, _hash, _token_bytes
+from loopserve.kv.cache import Provenance, Tier, _hash, _token_bytes
 from loopserve.turn import Turn
 
 SESSIONS = [SessionId(name) for name in ("a", "b", "c", "d", "e", "f", "g")]
@@ -71,11 +71,19 @@ class Dialogues(RuleBasedStateMachine):
         reuse=st.sampled_from([True, True, True, False]),
         chunk_tokens=st.sampled_from([16, 24, 48]),
         launch_ahead=st.booleans(),
+        host_blocks=st.sampled_from([0, 3, 12, 60]),
+        compact_above_ratio=st.sampled_from([1.0, 0.5, 0.0]),
+        recall=st.sampled_from(["wait", "late"]),
     )
     @precondition(lambda self: not hasattr(self, "engine"))
-    def build(self, kv_blocks, max_running, reuse, chunk_tokens, launch_ahead):
+    def build(
+        self, kv_blocks, max_running, reuse, chunk_tokens, launch_ahead, host_blocks, compact_above_ratio, recall
+    ):
         config = small_config(kv_blocks=kv_blocks, max_running_turns=max_running, reuse=reuse, max_queue_s=100.0)
-        config = replace(config, launch_ahead=launch_ahead)
+        config = replace(
+            config, launch_ahead=launch_ahead, host_blocks=host_blocks, compact_above_ratio=compact_above_ratio
+        )
+        config = replace(config, decode=replace(config.decode, recall=recall))
         config = replace(config, prefill=replace(config.prefill, chunk_tokens=chunk_tokens))
         self.engine, self.device = fake_engine(config, clock=self.clock)
         self.config = config
@@ -142,7 +150,8 @@ class Dialogues(RuleBasedStateMachine):
         assert all(a.turn.turn_id in self.inbox.ended for a in turns)
         assert session not in [info.session_id for info in self.engine.sessions()]
         cache = self.engine._cache
-        in_use = {block for block in range(cache.pool.num_blocks) if cache.pool.count(block)} | set(cache._hash_of)
+        every = (*cache.pool.ids, *cache.host_pool.ids)
+        in_use = {block for block in every if cache.count(block)} | set(cache._hash_of)
         assert {slot // BLOCK_TOKENS for slot in self.device.slots} <= in_use, "somebody's KV is left in a free block"
 
     # What time and operators do.
@@ -159,6 +168,18 @@ class Dialogues(RuleBasedStateMachine):
     def evict(self):
         if self.engine._sessions.evict_one():
             self.engine._scheduler.room_was_made()
+
+    @precondition(ready)
+    @rule()
+    def become_compact(self):
+        """As an autopilot or another turn may have it, at any time between two steps."""
+        if self.engine._in_flight is None:
+            self.engine._room._ask_to_be_compact(self.engine._scheduler._running)
+
+    @precondition(ready)
+    @rule(ratio=st.sampled_from([0.0, 0.3, 1.0]))
+    def set_compact_above(self, ratio):
+        self.engine.set_compact_above(ratio)
 
     @precondition(ready)
     @rule(budget=st.none() | st.integers(2, 40))
@@ -208,11 +229,19 @@ class Dialogues(RuleBasedStateMachine):
         for session in self.engine._sessions:
             for branch in session.branches:
                 assert len(set(branch.table.blocks)) == len(branch.table.blocks)
+                assert branch.table.num_host_blocks == sum(
+                    block in cache.host_pool.ids for block in branch.table.blocks
+                )
+                assert branch.busy is not None or not branch.places, "an idle branch has places"
+                for block in branch.places:
+                    assert cache.pool.count(block) == 1 and block not in cache._hash_of, (
+                        "a place is somebody else's, too"
+                    )
                 for place, block in enumerate(branch.table.blocks):
                     is_full = (place + 1) * BLOCK_TOKENS <= branch.table.num_tokens
                     holders.setdefault(block, []).append((session, is_full))
         for block, held_by in holders.items():
-            assert cache.pool.count(block) == len(held_by), "a holder is not counted, or counted and gone"
+            assert cache.count(block) == len(held_by), "a holder is not counted, or counted and gone"
             assert len({session.salt for session, _ in held_by}) == 1, "a block crosses salts"
             if cache.provenance(block) is not Provenance.EXACT:
                 assert len({session.session_id for session, _ in held_by}) == 1, "an inexact block crosses sessions"
@@ -226,7 +255,8 @@ class Dialogues(RuleBasedStateMachine):
         for session in self.engine._sessions:
             for branch in session.branches:
                 named |= chain_of(branch.token_ids, cache.open(session.salt).seed)
-        assert cache._by_hash.keys() <= named, "the index keeps what nobody can name any more"
+        known = cache._device.by_hash.keys() | cache._host.by_hash.keys()
+        assert known <= named, "the index keeps what nobody can name any more"
 
     def check_content(self):
         for session in self.engine._sessions:
@@ -245,8 +275,9 @@ class Dialogues(RuleBasedStateMachine):
             self.check_answer(accepted, self.inbox.ended[turn_id])
         for session in [info.session_id for info in self.engine.sessions()]:
             self.engine.release(session)
-        occupancy = self.engine.occupancy()
-        assert occupancy.free + occupancy.cached == occupancy.total, "blocks are held by nobody"
+        for tier in Tier:
+            occupancy = self.engine.occupancy(tier)
+            assert occupancy.free + occupancy.cached == occupancy.total, "blocks are held by nobody"
 
     def check_answer(self, accepted, ended: TurnEnded):
         answer = list(ended.token_ids)

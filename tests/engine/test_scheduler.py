@@ -193,7 +193,7 @@ def test_budget_set_while_a_turn_decodes_is_followed_at_its_next_refresh():
     assert [d.budget_tokens for d in decodes] == [8, 8] + [3] * 9
 
 
-def test_ceiling_bounds_what_a_turn_asks_for_and_is_no_budget_of_its_own():
+def test_ceiling_bounds_turns_that_ask_for_no_budget_and_is_no_budget_of_its_own():
     engine, device = fake_engine(small_config(**ROOMY))
 
     def budgets(session: str, asked: int | None) -> set[int]:
@@ -203,7 +203,7 @@ def test_ceiling_bounds_what_a_turn_asks_for_and_is_no_budget_of_its_own():
 
     assert (budgets("a", 20), budgets("b", 3)) == ({20}, {3})
     engine.set_budget(5)
-    assert (budgets("c", 20), budgets("d", 3), budgets("e", None)) == ({5}, {3}, {5})
+    assert (budgets("c", 20), budgets("d", 3), budgets("e", None)) == ({20}, {3}, {5})
     engine.set_budget(30)
     assert budgets("f", None) == {8}
     engine.set_budget(None)

@@ -10,6 +10,7 @@ from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig
 from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnRequest
 from loopserve.errors import ConfigError
 from loopserve.kernels import KeySketch, store_sketch
+from loopserve.kv.cache import Tier
 from loopserve.kv.store import KVStore
 from loopserve.plan import BlockCopy, BlockId
 from loopserve.reads import planned_read_tokens
@@ -32,7 +33,8 @@ def check_sketches(eng) -> None:
     """Every slot's sketch is that of the key that lies there."""
     store = eng._runner.store
     assert len(store.sketches) == len(store.keys)
-    for keys, sketch in zip(store.keys, store.sketches, strict=True):
+    every = [torch.cat(tiers) for tiers in zip(store.keys, store.host_keys, strict=True)]
+    for keys, sketch in zip(every, store.sketches, strict=True):
         written = keys.ne(0).any(dim=2).any(dim=1).nonzero()[:, 0]
         assert len(written) > 0
         expected = KeySketch.empty(*keys.shape, "cpu")
@@ -41,12 +43,14 @@ def check_sketches(eng) -> None:
         assert torch.equal(sketch.scales, expected.scales)
 
 
-def test_every_key_in_the_pool_has_its_sketch_through_turns_branches_and_erasure(engine):
+def test_every_key_in_the_pools_has_its_sketch_through_turns_branches_offloads_and_erasure(engine):
     eng, inbox, _ = engine(decode=DECODE)
     first = answer(eng, inbox)
     answer(eng, inbox, prompt=(*PROMPT, *first.token_ids, 3, 4, 5))
     answer(eng, inbox, prompt=(*PROMPT[:101], 7, 8, 9))  # an edit: a part block is copied
+    assert eng._sessions.evict_one()  # to host memory
     answer(eng, inbox, session="other", prompt=PROMPT[:70])
+    assert eng.occupancy(Tier.HOST).warm > 0
     check_sketches(eng)
     eng.release(SessionId("s"))
     check_sketches(eng)
@@ -73,13 +77,13 @@ def test_blocks_are_copied_and_erased_with_their_sketches():
 
 
 def test_memory_of_a_block_counts_its_sketch(engine):
-    with_sketch, _, _ = engine(decode=DECODE)
+    with_sketch, _, _ = engine(decode=DECODE, host_blocks=0)
     without, _, _ = engine(decode=replace(DECODE, scoring="exact"))
     loaded, store = with_sketch._loaded, with_sketch._runner.store
     head_bytes = -(-loaded.head_dim // 8) + 2
     more = loaded.num_layers * loaded.num_kv_heads * BLOCK_TOKENS * head_bytes
     assert with_sketch.memory().block_bytes - without.memory().block_bytes == more
-    assert sum(pool.nbytes for pool in store._pools()) == 128 * with_sketch.memory().block_bytes
+    assert store.device_bytes == 128 * with_sketch.memory().block_bytes
     config = EngineConfig(kv_bytes_max=10_000_000, decode=DECODE)
     assert num_pool_blocks(loaded, config) == 10_000_000 // bytes_a_block(loaded, config)
 

@@ -97,6 +97,12 @@ def _store_kv(dtype: torch.dtype, head_dim: int) -> None:
     kernels.store_kv(new, new, pool, pool, _indices(2))
 
 
+def _compact_kv(dtype: torch.dtype, head_dim: int) -> None:
+    source, pool = (_heads(NUM_SLOTS, NUM_KV_HEADS, dtype, head_dim) for _ in range(2))
+    chosen = _indices(2, NUM_KV_HEADS, LISTED)
+    kernels.compact_kv(source, source, chosen, pool, pool, chosen)
+
+
 def _store_sketch(dtype: torch.dtype, head_dim: int) -> None:
     kernels.store_sketch(_heads(2, NUM_KV_HEADS, dtype, head_dim), _sketch(head_dim), _indices(2))
 
@@ -200,6 +206,7 @@ def _mass_outside_tiles(dtype: torch.dtype, head_dim: int) -> None:
 
 # How the engine calls each operation, in every way that is compiled apart.
 CALLS: dict[str, Callable[[torch.dtype, int], None]] = {
+    "compact_kv": _compact_kv,
     "coverage_threshold": _coverage_threshold,
     "line_scores": _line_scores,
     "mass_outside_tiles": _mass_outside_tiles,

@@ -90,7 +90,10 @@ def test_the_kernels_of_a_decode_step_can_be_captured(monkeypatch: pytest.Monkey
     pool, sketch = torch.randn(8, 2, 16), KeySketch.empty(8, 2, 16, query.device)
     listed, valid = torch.randint(8, (2, 2, 400)), torch.rand(2, 2, 400) < 0.9
     left_out, lengths = LeftOut(torch.zeros(2, 4), torch.randn(2, 2, 16)), torch.tensor([400, 7])
+    chosen = torch.tensor([[[0, -1], [1, -1]]])
+    places = chosen + 4
     with Launches() as launches:
+        kernels.compact_kv(pool, pool, chosen, pool, pool, places)
         kernels.store_kv(key, key, pool, pool.clone(), slots)
         kernels.store_sketch(key, sketch, slots)
         kernels.sketch_scores(query, sketch, listed[:, 0], lengths, num_lists=2, scale=0.3)

@@ -15,7 +15,7 @@ def reclaimed() -> list[int]:
 
 
 def pool_of(num_blocks: int, reclaimed, *, makes_runs: bool = True) -> BlockPool:
-    return BlockPool(num_blocks, on_reclaim=reclaimed.append, makes_runs=makes_runs)
+    return BlockPool(range(1, num_blocks), on_reclaim=reclaimed.append, makes_runs=makes_runs)
 
 
 def test_every_block_but_the_null_block_is_handed_out_once(reclaimed):
