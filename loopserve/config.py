@@ -156,6 +156,9 @@ class EngineConfig:
     )
     max_running_turns: int = 32
     max_waiting_turns: int = 256
+    lower_after_s: float = (
+        10.0  # a turn that waits longer for room has the budgets of compact turns lowered, to the floor at last
+    )
     max_queue_s: float = 120.0  # a turn that has waited longer ends with an error
     max_step_s: float = 300.0  # a step that takes longer counts as a dead engine
     max_step_prefill_tokens: int = 1024  # prefill rows of one forward; decode rows come on top

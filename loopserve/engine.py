@@ -255,7 +255,12 @@ class Engine:
         """The pool, and what the present conversations want of it, counted now. Thread-safe; linear in blocks and sessions."""
         with self._work:
             return memory_stats(
-                self._config, self._scheduler, self._room, self._sessions, block_bytes=self._block_bytes
+                self._config,
+                self._scheduler,
+                self._room,
+                self._sessions,
+                block_bytes=self._block_bytes,
+                device_bytes=self._runner.device_bytes,
             )
 
     def check(self) -> None:

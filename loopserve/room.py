@@ -6,7 +6,7 @@ from its places. Both answer the same with the same selection. When a running tu
     kept prefixes               at once, by the pool itself
     idle sessions               to host memory, or away
     a resident turn             becomes compact, when it is planned next
-    budgets of compact turns    a rung lower, from each turn's next choice on, never below the floor
+    budgets of compact turns    a rung lower, from each turn's next choice on, never below the floor; also where somebody waits long
     the newest turn             is preempted (`loopserve.scheduler`), to host memory where there is room
 
 Room that has to be made by another turn comes with the next step: who needs it waits so long. Knows nothing about queues.
@@ -17,7 +17,7 @@ from enum import Enum
 
 from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.kv.cache import KVCache
-from loopserve.methods import DECODE_RULES
+from loopserve.methods import DECODE_RULES, Layout
 from loopserve.orders import chooses_next
 from loopserve.plan import BlockId
 from loopserve.reads import num_places
@@ -63,6 +63,11 @@ class Room:
         self.compact_above_ratio = config.compact_above_ratio
 
     @property
+    def has_host(self) -> bool:
+        """Whether turns can be compact at all."""
+        return self._cache.has_host
+
+    @property
     def default_budget_tokens(self) -> int:
         """Budget in force for resident turns that ask for none: the engine's own, under the ceiling."""
         own = self._config.decode.budget_tokens
@@ -90,8 +95,8 @@ class Room:
             lowered_budgets=self._num_lowered,
         )
 
-    def form_for(self, turn: Turn, num_known: int, running: Sequence[Turn]) -> Form | None:
-        """How a turn of so many tokens can join those that run. None: not now; then one of them may be on its way to make room."""
+    def form_for(self, turn: Turn, num_known: int, running: Sequence[Turn], *, waited_s: float) -> Form | None:
+        """How a turn of so many tokens can join those that run. None: not now; then some of them may be about to make room."""
         wanted = _blocks(num_known)
         forms = [Form.RESIDENT]
         if self.can_be_compact(turn):
@@ -107,7 +112,8 @@ class Room:
                 and self._host_fits(wanted, running)
             ):
                 return form
-        self._ask_to_be_compact(running)
+        if not self._ask_to_be_compact(running) and waited_s > self._config.lower_after_s:
+            self._lower_budgets(running)
         return None
 
     def settle_in(self, turn: Turn, form: Form, num_known: int) -> bool:
@@ -175,13 +181,32 @@ class Room:
         self._cache.trim(branch.table)
         return self._sessions.offload(branch)
 
+    def device_blocks_at(self, turn: Turn, budget_tokens: int | None) -> int:
+        """Device blocks that a turn holds between two decode steps at a budget, compact where it may be; None: of all its tokens.
+
+        A turn that asked for a budget of its own holds what that takes.
+        """
+        length = turn.prompt_len + turn.num_outputs
+        whole = _blocks(length)
+        budget = turn.policy.budget_tokens or budget_tokens
+        is_sparse = budget is not None and turn.policy.decode_is_sparse(length + 1, budget_tokens=budget)
+        if budget_tokens is None or budget is None or not is_sparse or not self._may_be_compact(turn):
+            return whole
+        if turn.is_compact and turn.is_decoding:
+            newest = turn.leased_branch.table.num_device_blocks
+        else:
+            newest = whole - self._layout(turn, length, budget).recent_start // BLOCK_TOKENS
+        return min(whole, _places(turn, budget) + newest)
+
     def can_be_compact(self, turn: Turn) -> bool:
         """Whether a turn may decode from places: it chooses what it reads, per KV head, and promised nothing that needs all keys."""
+        return turn.decode_sparse and self._may_be_compact(turn)
+
+    def _may_be_compact(self, turn: Turn) -> bool:
         decode = turn.policy.decode
         most = _blocks(num_places(self._config.decode))
         return (
             self._cache.has_host
-            and turn.decode_sparse
             and turn.policy.min_coverage is None
             and DECODE_RULES[decode.method].can_be_compact
             and decode.select_per == "kv_head"
@@ -218,8 +243,7 @@ class Room:
     def _compact_blocks(self, turn: Turn) -> int:
         """Device blocks that a compact turn needs at once: a chunk while it prefills, its places and newest tokens while it decodes."""
         chunk = _blocks(turn.policy.prefill.chunk_tokens) + 1
-        decode = turn.policy.decode
-        layout = DECODE_RULES[decode.method].layout(turn.prompt_len, self.budget(turn), decode)
+        layout = self._layout(turn, turn.prompt_len, self.budget(turn))
         tail = _blocks(turn.prompt_len - layout.recent_start) + _TAIL_BLOCKS + 1
         return max(chunk, _places(turn, self.budget(turn)) + tail)
 
@@ -232,13 +256,14 @@ class Room:
         able = [turn for turn in running if not turn.is_compact and self.can_be_compact(turn)]
         return max(able, key=lambda turn: turn.leased_branch.table.num_device_blocks, default=None)
 
-    def _ask_to_be_compact(self, running: Sequence[Turn]) -> None:
-        """One turn at a time: only when it has moved, and that was not enough, the next."""
+    def _ask_to_be_compact(self, running: Sequence[Turn]) -> bool:
+        """One turn at a time: only when it has moved, and that was not enough, the next. False: all are compact that can be."""
         if any(turn.is_compact and self._offload_due(turn) for turn in running):
-            return
+            return True
         largest = self._largest_resident(running)
         if largest is not None:
             self._make_compact(largest)
+        return largest is not None
 
     def _lower_budgets(self, running: Sequence[Turn]) -> bool:
         decode = self._config.decode
@@ -264,13 +289,15 @@ class Room:
 
     def _kept_blocks(self, turn: Turn) -> int:
         """Blocks at the table's end that stay on the device: what is not full, and what is read because it is recent."""
-        decode = turn.policy.decode
         chosen_at, budget = turn.chosen_at_tokens, turn.budget_at_choice
         if not turn.is_decoding:  # as the choice at the prefill's end will have it
             chosen_at, budget = len(turn.known_ids), self.budget(turn)
-        layout = DECODE_RULES[decode.method].layout(chosen_at, budget, decode)
-        first = min(turn.num_computed, layout.recent_start)
+        first = min(turn.num_computed, self._layout(turn, chosen_at, budget).recent_start)
         return len(turn.leased_branch.table.blocks) - first // BLOCK_TOKENS
+
+    def _layout(self, turn: Turn, num_tokens: int, budget_tokens: int) -> Layout:
+        decode = turn.policy.decode
+        return DECODE_RULES[decode.method].layout(num_tokens, budget_tokens, decode)
 
     def _fit_places(self, turn: Turn) -> bool:
         places, wanted = turn.leased_branch.places, self._wanted_places(turn)

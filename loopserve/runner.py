@@ -51,6 +51,10 @@ class Finished:
 class Runner(Protocol):
     """Executes plans. Tests drive the scheduler with one that has no model."""
 
+    @property
+    def device_bytes(self) -> int:
+        """All that is kept on the device beside the model."""
+
     def launch(self, plan: StepPlan) -> Launched:
         """Begin to compute one step; the steps launched before it come first."""
 

@@ -26,12 +26,23 @@ from loopserve.stats import StepStats, TokenGap, TurnStats
 from loopserve.turn import Turn
 
 
+_RETRY_S = 1.0  # who was refused tries again even if nothing changed: others give way to who waits long
+
+
 @dataclass(frozen=True, slots=True)
 class Notice:
     """An event of a turn, to be delivered."""
 
     turn: Turn
     event: TurnEvent
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocked:
+    """When somebody was refused, and what had changed until then."""
+
+    num_changes: int  # `Room.num_changes`
+    at_s: float
 
 
 class Scheduler:
@@ -60,9 +71,7 @@ class Scheduler:
         self._left_batch: list[TurnId] = []
         self._step_index = 0
         self._num_preempted = 0
-        self._blocked_at: int | None = (
-            None  # `Room.num_changes` when the pool was found too full and nothing was given back since
-        )
+        self._blocked: _Blocked | None = None  # the pool was found too full, and nothing was given back since
         self._first_tokens: list[TokenGap] = []
         self._token_gaps: list[TokenGap] = []
 
@@ -90,7 +99,8 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute. Admits, preempts and reserves on the way."""
         self._expire_waiting()
-        self._room.relax(self._running)
+        if not self._waiting:
+            self._room.relax(self._running)
         segments: list[Segment] = []
         while not segments:
             num_changes = self._room.num_changes
@@ -164,7 +174,7 @@ class Scheduler:
         """Take the turn out, keep what it computed as warm KV, and issue its terminal event."""
         assert not turn.ended, "a turn ends once"
         turn.ended = True
-        self._blocked_at = None
+        self._blocked = None
         if turn in self._running:
             self._running.remove(turn)
             self._left_batch.append(turn.turn_id)
@@ -193,7 +203,7 @@ class Scheduler:
 
     def room_was_made(self) -> None:
         """Blocks were given back by other means than an ended turn: try admissions again."""
-        self._blocked_at = None
+        self._blocked = None
 
     def take_notices(self) -> list[Notice]:
         """The events since the last call, in order."""
@@ -229,7 +239,10 @@ class Scheduler:
 
     @property
     def _is_blocked(self) -> bool:
-        return self._blocked_at is not None and self._blocked_at == self._room.num_changes
+        blocked = self._blocked
+        if blocked is None or blocked.num_changes != self._room.num_changes:
+            return False
+        return self._clock() - blocked.at_s < _RETRY_S
 
     def _admissions(self, room_tokens: int) -> Iterator[Segment]:
         for turn in list(self._waiting):
@@ -239,8 +252,9 @@ class Scheduler:
                 continue
             if room_tokens <= 0:
                 return
+            num_changes = self._room.num_changes
             if not self._admit(turn):
-                self._blocked_at = self._room.num_changes
+                self._blocked = _Blocked(num_changes, self._clock())
                 return
             segment = self._segment(turn, room_tokens)
             if segment is None:
@@ -252,7 +266,8 @@ class Scheduler:
         """Move a waiting turn into the batch if all it knows fits beside what runs."""
         num_known = turn.prompt_len + turn.num_outputs
         turn.decode_sparse = turn.policy.decode_is_sparse(num_known + 1, budget_tokens=self._room.budget(turn))
-        form = self._room.form_for(turn, num_known, self._running)
+        waited_s = self._clock() - turn.arrived_s
+        form = self._room.form_for(turn, num_known, self._running, waited_s=waited_s)
         if form is None:
             return False
         if turn.branch is None:
@@ -318,7 +333,7 @@ class Scheduler:
         self._waiting.appendleft(turn)
         turn.num_preemptions += 1
         self._num_preempted += 1
-        self._blocked_at = None
+        self._blocked = None
 
     def _expire_waiting(self) -> None:
         """End turns that nobody will wait for any longer. Preempted ones have been answering and are left alone."""

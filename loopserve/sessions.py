@@ -145,7 +145,10 @@ class SessionTable:
         )
         continued = self._continued(session, prompt_ids, best.branch)
         if continued is not None and continued is best.branch:
-            if not self._cache.truncate(continued.table, best.reusable_tokens):
+            is_cut = self._cache.truncate(continued.table, best.reusable_tokens)
+            while not is_cut and self.evict_one(spare=continued):
+                is_cut = self._cache.truncate(continued.table, best.reusable_tokens)
+            if not is_cut:
                 full_tokens = best.reusable_tokens // BLOCK_TOKENS * BLOCK_TOKENS
                 self._cache.truncate(continued.table, full_tokens)  # at a block's edge it needs no block
             branch = continued
@@ -177,9 +180,9 @@ class SessionTable:
         if branch.table.num_tokens == 0 and branch in session.branches and len(session.branches) > 1:
             self._drop(session, branch)
 
-    def evict_one(self) -> bool:
-        """Take the warm blocks of the branch that has been idle longest off the device. False when no idle branch holds any there."""
-        idle = [b for b in self._idle_branches() if b.table.num_device_blocks]
+    def evict_one(self, *, spare: Branch | None = None) -> bool:
+        """Take the warm blocks of the branch that has been idle longest off the device. False when no idle branch but `spare` holds any."""
+        idle = [b for b in self._idle_branches() if b.table.num_device_blocks and b is not spare]
         if not idle:
             return False
         branch = min(idle, key=lambda branch: branch.last_used_s)
@@ -252,6 +255,7 @@ class SessionTable:
             shared=len(shared),
             cached=pool.num_kept,
             free=pool.num_free - pool.num_kept,
+            shared_active=len(shared & active_blocks),
         )
 
     def _candidates(
@@ -286,6 +290,8 @@ class SessionTable:
         if best.branch is None:
             return self._cache.match(prompt_ids, session.salt, max_tokens=most)
         table = self._cache.fork(best.branch.table, best.reusable_tokens)
+        if table is None and self.evict_one(spare=best.branch):
+            table = self._cache.fork(best.branch.table, best.reusable_tokens)
         if table is None:  # no block for the copy of the part block: share the full ones
             full_tokens = best.reusable_tokens // BLOCK_TOKENS * BLOCK_TOKENS
             table = self._cache.fork(best.branch.table, full_tokens)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import FinishReason, SessionId, TurnUsage
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """Blocks of the device pool by kind; `active + warm + shared + cached + free == total`.
+    """Blocks of one tier by kind; `active + warm + shared + cached + free == total`.
 
     A block held by more than one session is `shared`; else it is `active` or `warm` with its one holder; `cached` blocks are
     held by no session and are kept only because their prefix may come back.
@@ -20,6 +21,7 @@ class Occupancy:
     shared: int
     cached: int
     free: int
+    shared_active: int = 0  # of the shared ones, those that a turn in the batch holds
 
     @property
     def used_ratio(self) -> float:
@@ -40,7 +42,7 @@ class PressureCounts:
 
 @dataclass(frozen=True, slots=True)
 class BudgetDemand:
-    """Bytes of the working sets that conversations would need at one budget; `budget_tokens` None: all of their tokens."""
+    """Device bytes that conversations would hold at one budget, compact where they may be; `budget_tokens` None: of all their tokens."""
 
     budget_tokens: int | None
     active_bytes: int  # of turns in the batch or waiting for it
@@ -58,17 +60,34 @@ class MemoryStats:
     num_running_turns: int
     num_waiting_turns: int
     max_running_turns: int
+    num_compact_turns: int  # of the running ones
     block_bytes: int
-    blocks: Occupancy
+    device_bytes: int  # all that is kept on the device beside the model: pool, sketches of other tiers, maps, buffers
+    blocks: Occupancy  # of the device
+    host_blocks: Occupancy
     num_active_sessions: int
     num_warm_sessions: int
     active_tokens: int  # logical: as long as the conversations are
     warm_tokens: int
+    computed_tokens: int  # of the active ones: those whose KV is there, on whichever tier
     demand: tuple[BudgetDemand, ...]
     budget_tokens: int  # in force: the engine's own under the ceiling
+    compact_budget_tokens: int  # in force for compact turns: lower under pressure
     budget_ceiling_tokens: int | None
     budget_max_tokens: int
     budget_floor_tokens: int
+    pressure: PressureCounts = PressureCounts()
+
+    @property
+    def active_device_tokens(self) -> int:
+        """Physical: tokens' worth of device blocks that turns in the batch hold."""
+        return (self.blocks.active + self.blocks.shared_active) * BLOCK_TOKENS
+
+    @property
+    def compression_ratio(self) -> float:
+        """Computed tokens of the active conversations over what they hold on the device; 1 where nothing is active."""
+        physical = self.active_device_tokens
+        return self.computed_tokens / physical if physical and self.computed_tokens else 1.0
 
     @property
     def capacity_bytes(self) -> int:

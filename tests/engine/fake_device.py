@@ -128,6 +128,8 @@ class FakeDevice:
         """See `run`."""
         return Finished(self.run(plan))
 
+    device_bytes = 0
+
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Carry out copies."""
         for copy in copies:

@@ -223,27 +223,32 @@ def test_gaps_between_tokens_are_reported_with_the_turns_number():
         assert [first for step in stats.steps for first in step.first_tokens] == [TokenGap(turn_number, 0.0)]
 
 
-def test_demand_curve_counts_working_sets_of_active_and_warm_conversations():
-    engine, _ = fake_engine(small_config(**ROOMY))
+def test_demand_curve_counts_the_blocks_of_compact_turns_and_of_conversations_that_come_back():
+    engine, _ = fake_engine(small_config(**ROOMY, host_blocks=60))
     engine.submit(request("idle", 20, max_tokens=2), Inbox())
     drain(engine)
-    engine.submit(request("busy", 30, max_tokens=4), Inbox())
-    engine.step()
-    engine.step()
+    engine.submit(request("busy", 70, mode=Mode.SPARSE, max_tokens=4), Inbox())
+    for _ in range(6):
+        engine.step()
     memory = engine.memory()
-    token_bytes = memory.block_bytes // 16
+    assert memory.num_running_turns == 1 and memory.num_compact_turns == 0
     assert [point.budget_tokens for point in memory.demand] == [2, 4, 8, None]
-    warm_tokens = next(info for info in engine.sessions() if info.session_id == "idle").num_cached_tokens
-    busy_tokens = memory.active_tokens
-    assert busy_tokens == 32 and memory.warm_tokens == warm_tokens
-    # sinks 1 + budget + window 4, or everything
-    assert [point.active_bytes // token_bytes for point in memory.demand] == [7, 9, 13, busy_tokens]
-    assert [point.warm_bytes // token_bytes for point in memory.demand] == [7, 9, 13, warm_tokens]
+    # a block of places for 1 sink and up to 8 chosen, and one for the newest tokens, of the 5 that hold all 71 to 73
+    assert [point.active_bytes // memory.block_bytes for point in memory.demand] == [2, 2, 2, 5]
+    assert [point.warm_bytes // memory.block_bytes for point in memory.demand] == [2, 2, 2, 2]  # 22 tokens
     assert (memory.num_active_sessions, memory.num_warm_sessions) == (1, 1)
     assert memory.demand_at(3).budget_tokens == 4 and memory.demand_at(None).budget_tokens is None
     assert (memory.budget_tokens, memory.budget_ceiling_tokens) == (8, None)
     engine.set_budget(2)
     assert (engine.memory().budget_tokens, engine.memory().budget_ceiling_tokens) == (2, 2)
+    drain(engine)
+
+
+def test_without_a_host_tier_no_budget_saves_bytes_of_the_device():
+    engine, _ = fake_engine(small_config(**ROOMY))
+    engine.submit(request("busy", 70, mode=Mode.SPARSE, max_tokens=4), Inbox())
+    engine.step()
+    assert {point.active_bytes // engine.memory().block_bytes for point in engine.memory().demand} == {5}
     drain(engine)
 
 

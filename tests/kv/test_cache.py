@@ -245,3 +245,111 @@ def test_copies_are_ordered_as_they_were_made(cache):
         (source.blocks[1], fork.blocks[1]),
         (fork.blocks[1], again.blocks[1]),
     ]
+
+
+# Two tiers.
+
+
+@pytest.fixture
+def tiers():
+    cache = KVCache(8, num_host_blocks=5, fingerprint="model")
+    yield cache
+    cache.check()
+
+
+def tiers_of(cache: KVCache, table: BlockTable) -> str:
+    """The tiers of a table's blocks, a letter each."""
+    return "".join(cache.tier_of(block).value[0] for block in table.blocks)
+
+
+def test_offload_moves_all_but_the_newest_blocks_and_orders_the_copies(tiers):
+    table = grown(tiers, 40)
+    before, epoch = list(table.blocks), table.epoch
+    assert tiers.offload(table, keep_blocks=1)
+    assert tiers_of(tiers, table) == "hhd" and table.num_host_blocks == 2 and table.num_device_blocks == 1
+    assert table.epoch > epoch, "a runner must read the table again"
+    assert [(copy.source, copy.target) for copy in tiers.take_copies()] == list(
+        zip(before[:2], table.blocks[:2], strict=True)
+    )
+    assert tiers.recall(table)
+    assert tiers_of(tiers, table) == "ddd" and table.num_tokens == table.exact_tokens == 40
+
+
+def test_what_both_tiers_have_is_not_copied_again(tiers):
+    table = grown(tiers, 32)
+    assert tiers.offload(table)
+    tiers.take_copies()
+    assert tiers.recall(table), "the device's blocks were kept for their prefix"
+    assert tiers.take_copies() == ()
+    assert tiers.offload(table)
+    assert tiers.take_copies() == ()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_blocks_that_two_tables_share_lie_once_on_each_tier(tiers, exact):
+    table = grown(tiers, 32, exact=exact)
+    fork = tiers.fork(table, 32)
+    assert tiers.offload(table)
+    assert tiers_of(tiers, table) == "hh" and tiers_of(tiers, fork) == "dd"
+    assert len(tiers.take_copies()) == 2
+    assert tiers.offload(fork)
+    assert fork.blocks == table.blocks and tiers.take_copies() == ()
+    assert [tiers.count(block) for block in table.blocks] == [2, 2]
+    assert tiers.recall(fork)
+    assert tiers.host_pool.count(table.blocks[0]) == 1
+
+
+def test_a_block_that_is_written_further_is_no_copy_of_anything_any_more(tiers):
+    table = grown(tiers, 32, exact=False)
+    fork = tiers.fork(table, 32)
+    assert tiers.offload(fork)
+    tiers.take_copies()
+    assert tiers.truncate(table, 20)
+    grow(tiers, table, 32, exact=False, tokens=[0] * 40)
+    assert tiers.offload(table)
+    assert table.blocks[0] == fork.blocks[0] and table.blocks[1] != fork.blocks[1]
+    assert len(tiers.take_copies()) == 1
+
+
+def test_what_finds_no_room_stays_where_it_is(tiers):
+    table = grown(tiers, 7 * 16)
+    assert not tiers.offload(table)
+    assert tiers_of(tiers, table) == "hhhhhdd"
+    other = grown(tiers, 3 * 16, tokens=range(1000, 1100))
+    assert not tiers.recall(table)
+    assert tiers_of(tiers, table).count("d") >= 4 and other.num_device_blocks == 3
+
+
+def test_a_prefix_is_found_on_either_tier_and_forgotten_on_both(tiers):
+    table = grown(tiers, 48)
+    assert tiers.offload(table)
+    tiers.free(table)
+    found = tiers.match(TOKENS, "", max_tokens=48)
+    assert tiers_of(tiers, found) == "ddd", "the device's copies are nearer"
+    tiers.free(found)
+    while tiers.pool.num_kept:
+        tiers.extend([], 1)
+    again = tiers.match(TOKENS, "", max_tokens=48)
+    assert tiers_of(tiers, again) == "hhh" and again.num_host_blocks == 3
+    tiers.free(again)
+    tiers.forget(TOKENS[:48], "")
+    assert matched_tokens(tiers, max_tokens=48) == 0 and tiers.host_pool.num_kept == 0
+
+
+def test_a_part_block_in_host_memory_is_copied_before_it_is_written(tiers):
+    table = grown(tiers, 40)
+    assert tiers.offload(table)
+    copies = len(tiers.take_copies())
+    assert copies == 3
+    assert tiers.truncate(table, 40) and tiers_of(tiers, table) == "hhd"
+    assert len(tiers.take_copies()) == 1
+    assert tiers.truncate(table, 20) and tiers_of(tiers, table) == "hd"
+
+
+def test_places_are_device_blocks_of_nobody_elses(tiers):
+    places = []
+    assert tiers.extend(places, 3) and not tiers.extend(places, 5)
+    assert len(places) == 3 and all(tiers.pool.count(block) == 1 for block in places)
+    tiers.shorten(places, 1)
+    assert len(places) == 1 and tiers.pool.num_free == 6
+    assert len(tiers.take_stale()) == 2
