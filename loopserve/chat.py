@@ -28,7 +28,7 @@ from loopserve.dialogue import (
     TurnUsage,
 )
 from loopserve.errors import InvalidRequest
-from loopserve.transcripts import Prompt, TokenHistory
+from loopserve.transcripts import Prompt, TokenHistory, Transcript
 
 __all__ = [
     "AnswerDelta",
@@ -111,7 +111,7 @@ class TurnEngine(Protocol):
 
 
 class ChatService:
-    """Turns requests into answers, as text. One per engine; `stream` runs on event loops, `forget` on any thread."""
+    """Turns requests into answers, as text. One per engine; `stream` runs on event loops, all else on any thread."""
 
     def __init__(self, engine: TurnEngine, *, max_transcripts: int = 4096) -> None:
         """`max_transcripts` bounds the sessions whose token history is kept; beyond it the least recently used is forgotten."""
@@ -147,6 +147,14 @@ class ChatService:
     def forget(self, session_id: SessionId) -> None:
         """Drop the token history of a session; its next turn is tokenised from its text. Unknown sessions are ignored."""
         self._history.forget(session_id)
+
+    def export(self, session_id: SessionId) -> tuple[Transcript, ...]:
+        """The token history of a session, for another replica of the same model; empty where there is none. It stays here."""
+        return self._history.export(session_id)
+
+    def adopt(self, session_id: SessionId, transcripts: Sequence[Transcript]) -> None:
+        """Take over what another replica has exported, so that known text keeps the ids it had there. What was said here counts first."""
+        self._history.adopt(session_id, transcripts)
 
     def _submit(self, request: ChatRequest, prompt: Prompt, inbox: "_Inbox") -> dict[TurnId, "_Branch"]:
         turn = TurnRequest(

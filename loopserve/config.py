@@ -83,9 +83,7 @@ class DecodeSparsity:
     promise_outputs: int = 16  # a `min_coverage` is checked after so many outputs, by all keys
     scoring: str = "sketch"  # a choice in decode reads "exact" keys | a "sketch" of them: a bit a channel, and a scale
     left_out: str = "mean"  # the weight that sketches give to what is not read goes to the "mean" value | to "nothing"
-    recall: str = (
-        "wait"  # a compact turn reads what it newly chose when it is there: "wait" for it | "late", by the next output
-    )
+    recall: str = "wait"  # what a compact turn newly chose is read when it is there | "late": by the next output
     scoring_rows: int = 1  # newest queries that score a choice
     select_per: str = "kv_head"  # "kv_head": the group's scores summed | "query_head"
     pooling_tokens: int = 1  # max-pool of scores over positions, odd; 1: off
@@ -138,6 +136,27 @@ class DecodeSparsity:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskSettings:
+    """Where sessions are kept beyond memory and restarts."""
+
+    directory: str = ""  # empty: nowhere. Engines of one model may share it, on one machine or on a shared file system
+    quota_bytes: int = 16 << 30  # of all engines that share it together; the least recently saved sessions go first
+    shared: bool = False  # look for what other engines saved, too: a look at the disk for each new session
+    save_after_s: float = 5.0  # a session that was idle so long is saved, so that a crash loses little
+    wait_s: float = 5.0  # a turn waits no longer for its session; then it is computed again
+    lease_s: float = 15.0  # an engine that was silent so long has lost its sessions to whoever asks
+    flush_s: float = 10.0  # at the end, unsaved sessions are saved for so long
+
+    def __post_init__(self) -> None:
+        _check(self.quota_bytes > 0, f"disk.quota_bytes is {self.quota_bytes}; it must be positive")
+        _check(self.lease_s > 0.0, f"disk.lease_s is {self.lease_s}; it must be positive")
+        _check(
+            min(self.save_after_s, self.wait_s, self.flush_s) >= 0.0,
+            "disk.save_after_s, wait_s and flush_s must not be negative",
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """All of the engine. Immutable once built; what changes while running goes through `Engine.set_budget` and the like."""
 
@@ -151,14 +170,11 @@ class EngineConfig:
     host_blocks: int | None = None  # size of the host tier; 0: none; None: from kv_host_ratio
     kv_host_ratio: float = 4.0  # host memory for KV that is not on the device, as a multiple of the device pool, ...
     kv_host_bytes_max: int = 4 << 30  # ... but no more than this; on CUDA it is pinned
-    compact_above_ratio: float = (
-        1.0  # turns are compact where running ones would take more of the pool; 1.0: only when it is full
-    )
+    offload_after_s: float = 60.0  # sessions idle for so long move to host memory, before anybody needs their place
+    compact_above_ratio: float = 1.0  # of the pool: turns that would take it further are compact; 1.0: when it is full
     max_running_turns: int = 32
     max_waiting_turns: int = 256
-    lower_after_s: float = (
-        10.0  # a turn that waits longer for room has the budgets of compact turns lowered, to the floor at last
-    )
+    lower_after_s: float = 10.0  # a turn that waited so long for room has the budgets of compact turns lowered
     max_queue_s: float = 120.0  # a turn that has waited longer ends with an error
     max_step_s: float = 300.0  # a step that takes longer counts as a dead engine
     max_step_prefill_tokens: int = 1024  # prefill rows of one forward; decode rows come on top
@@ -168,6 +184,7 @@ class EngineConfig:
     seed: int = 0  # of turns that bring none
     prefill: PrefillSparsity = field(default_factory=PrefillSparsity)
     decode: DecodeSparsity = field(default_factory=DecodeSparsity)
+    disk: DiskSettings = field(default_factory=DiskSettings)
     default_mode: str = "auto"
     default_min_coverage: float | None = None
     launch_ahead: bool | None = None  # queue the next decode step before this one's tokens are known; None: on CUDA
@@ -193,6 +210,7 @@ class EngineConfig:
             self.kv_host_ratio >= 0.0 and self.kv_host_bytes_max >= 0,
             "kv_host_ratio and kv_host_bytes_max must not be negative; host_blocks 0 switches the host tier off",
         )
+        _check(self.offload_after_s >= 0.0, "offload_after_s must not be negative")
         _check(self.host_blocks is None or self.host_blocks >= 0, "host_blocks must not be negative")
         _check(self.kv_blocks is None or self.kv_blocks >= 2, "kv_blocks must be at least 2: one is reserved")
 

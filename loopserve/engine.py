@@ -17,7 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,8 +26,11 @@ from loopserve.admission import Limits, check_request
 from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.crossover import Place, find_crossover
 from loopserve.dialogue import FinishReason, SessionId, TurnEnded, TurnEvent, TurnId, TurnRequest
-from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, Overloaded
+from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, LoopServeError, Overloaded
+from loopserve.handoff import ImportedSession, Porter, kv_format
+from loopserve.keeper import Keeper
 from loopserve.kv.cache import KVCache, Tier
+from loopserve.kv.image import decode, encode
 from loopserve.loading import LoadedModel, device_name, load_model
 from loopserve.memory import memory_stats
 from loopserve.methods import DECODE_RULES, PREFILL_RULES
@@ -39,10 +43,12 @@ from loopserve.sessions import SessionInfo, SessionTable
 from loopserve.stats import MemoryStats, NullSink, Occupancy, StatsSink
 from loopserve.turn import Turn
 
+T = TypeVar("T")
 OnEvents = Callable[[Sequence[TurnEvent]], None]
 
 _log = logging.getLogger(__name__)
 _STOP_WAIT_S = 30.0  # for the step in flight when the engine is stopped
+_OFFLOAD_EVERY_S = 1.0  # long-idle sessions are looked for
 _IDLE_WAIT_S = 1.0  # an idle engine looks for expired turns this often
 _BRANCH_SEED_STRIDE = 0x9E3779B9  # keeps the branches of one seed apart from those of its neighbours
 
@@ -54,6 +60,29 @@ class _Erasure:
     copies: tuple[BlockCopy, ...]
     blocks: tuple[BlockId, ...]
     waiting: tuple[Future[None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Errand(Generic[T]):
+    """Something that the engine thread does between two steps, and who waits for what comes of it."""
+
+    act: Callable[[], T]
+    answer: Future[T] = field(default_factory=Future)
+
+    def run(self) -> None:
+        """Do it. What is no refusal breaks the engine, too."""
+        try:
+            self.answer.set_result(self.act())
+        except LoopServeError as error:
+            self.answer.set_exception(error)
+        except Exception as error:
+            self.refuse(f"The engine failed: {error}.")
+            raise
+
+    def refuse(self, error: str) -> None:
+        """Nobody will do it."""
+        if not self.answer.done():
+            self.answer.set_exception(EngineUnavailable(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +133,7 @@ class Engine:
             max_branches=config.max_branches,
             reuse=config.reuse,
             clock=clock,
+            block_bytes=self._block_bytes,
         )
         self._room = Room(config, self._cache, self._sessions)
         self._scheduler = Scheduler(
@@ -123,12 +153,39 @@ class Engine:
         self._audience: dict[TurnId, tuple[Turn, OnEvents]] = {}  # of every accepted turn whose end is not delivered
         self._cancels: dict[TurnId, FinishReason] = {}
         self._releases: list[tuple[SessionId, Future[None]]] = []
+        self._errands: list[_Errand[Any]] = []
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._failure: str | None = None
         self._step_began_s: float | None = None
         self._launches_ahead = loaded.device.type == "cuda" if config.launch_ahead is None else config.launch_ahead
         self._in_flight: _Flight | None = None
+        self._offload_next_s = 0.0
+        self._porter = Porter(
+            self._work,
+            self._scheduler,
+            self._sessions,
+            self._cache,
+            runner,
+            fmt=kv_format(loaded),
+            block_bytes=self._block_bytes,
+        )
+        self._keeper: Keeper | None = None
+        if config.disk.directory:
+            self._keeper = Keeper(
+                config.disk,
+                self._porter,
+                self._scheduler,
+                self._sessions,
+                self._work,
+                between_steps=self._between_steps,
+                clock=clock,
+            )
+
+    @property
+    def _is_threaded(self) -> bool:
+        """Whether steps are run by a thread of the engine's own."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -145,6 +202,8 @@ class Engine:
         assert self._thread is None, "the engine runs already"
         self._thread = threading.Thread(target=self._run, name="loopserve-engine", daemon=True)
         self._thread.start()
+        if self._keeper is not None:
+            self._keeper.start()
 
     def stop(self) -> None:
         """Finish the step in flight, end every turn, and stop taking new ones. Idempotent."""
@@ -154,6 +213,8 @@ class Engine:
         if self._thread is not None:
             self._thread.join(_STOP_WAIT_S)
         self._end_everything("The engine is shutting down; send the turn again.")
+        if self._keeper is not None:
+            self._keeper.stop(is_sound=self._failure is None and not self._is_threaded)
 
     def is_alive(self) -> bool:
         """Whether turns make progress: the thread runs, has not failed, and is not stuck in one step."""
@@ -181,6 +242,8 @@ class Engine:
             for turn in turns:
                 self._scheduler.add(turn)
                 self._audience[turn.turn_id] = (turn, on_events)
+            if self._keeper is not None and self._config.reuse:
+                self._keeper.fetch_for(turns)
             self._work.notify_all()
         return tuple(turn.turn_id for turn in turns)
 
@@ -224,7 +287,7 @@ class Engine:
             return self._sessions.info(self._sessions.get(session_id))
 
     def release(self, session_id: SessionId) -> None:
-        """Cancel the session's turns, forget it and erase its KV on the device. Thread-safe; waits for the step in flight.
+        """Cancel the session's turns, forget it, erase its KV and remove it from disk. Thread-safe; waits for the step in flight.
 
         Blocks that another session holds, of the same tenant then, stay. All others are zero when this returns, as is whatever else lay
         unerased in free blocks.
@@ -234,8 +297,12 @@ class Engine:
         done: Future[None] = Future()
         with self._work:
             self._check_available()
-            if all(turn.request.session_id != session_id for turn in self._scheduler.turns()):
-                self._sessions.get(session_id)  # the first turn of a session may still wait for its place
+            salts = self._salts_of(session_id)
+            on_disk = None if self._keeper is None else self._keeper.salt_of(session_id)
+            if on_disk is not None:
+                salts.add(on_disk)
+            if not salts:
+                self._sessions.get(session_id)  # says that it is not there
             self._releases.append((session_id, done))
             self._work.notify_all()
             erasure = self._carry_out_requests() if self._thread is None else None
@@ -243,8 +310,29 @@ class Engine:
         self._deliver()
         try:
             done.result(timeout=self._config.max_step_s)
+            if self._keeper is not None:
+                for salt in salts:
+                    self._keeper.drop(session_id, salt, timeout_s=self._config.max_step_s)
         except TimeoutError:
             raise EngineUnavailable(f"No step ended within {self._config.max_step_s:.0f} s.") from None
+
+    def export_session(self, session_id: SessionId) -> bytes:
+        """The image of an idle session, to be imported by another engine of the same model. Thread-safe; waits for the step in flight.
+
+        The session stays here. Raises NotFound, Overloaded while a turn of it runs or waits, EngineUnavailable when no step will carry
+        it out. Not to be called by a listener.
+        """
+        return encode(self._between_steps(lambda: self._porter.image_of(session_id)), self._porter.fmt)
+
+    def import_session(self, data: bytes) -> ImportedSession:
+        """Take a session over from its image; what is known of it here is replaced. Thread-safe; waits for the step in flight.
+
+        Sessions that have been idle longest give way to it, first in host memory. Raises ImageRefused for what is no whole image of a
+        session of this model, Overloaded while a turn of the session is here or where there is no room, InvalidRequest for a session that
+        belongs to another cache salt, EngineUnavailable. Not to be called by a listener.
+        """
+        image = decode(data, self._porter.fmt)
+        return self._between_steps(lambda: self._porter.take_over(image))
 
     def occupancy(self, tier: Tier = Tier.DEVICE) -> Occupancy:
         """Blocks of a tier by kind, counted now. Thread-safe."""
@@ -261,6 +349,7 @@ class Engine:
                 self._sessions,
                 block_bytes=self._block_bytes,
                 device_bytes=self._runner.device_bytes,
+                disk=None if self._keeper is None else self._keeper.counts(),
             )
 
     def check(self) -> None:
@@ -277,6 +366,8 @@ class Engine:
 
         False when there was nothing to compute.
         """
+        self._run_errands()
+        self._offload_idle()
         with self._work:
             erasure = self._carry_out_requests()
             plan = self._scheduler.plan() if self._in_flight is None else None
@@ -301,6 +392,8 @@ class Engine:
             self._in_flight = replace(self._in_flight, began_s=ended_s)
         self._deliver()
         self._stats.on_step(stats)
+        if self._keeper is not None:
+            self._keeper.note_step(stats)
         if failure is not None:
             raise failure
         return True
@@ -329,8 +422,44 @@ class Engine:
             self._end_everything(self._failure)
 
     def _has_work(self) -> bool:
-        waiting = self._scheduler.num_waiting + self._scheduler.num_running
-        return self._is_stopping or bool(self._cancels) or bool(self._releases) or waiting > 0
+        asked = bool(self._cancels) or bool(self._releases) or bool(self._errands)
+        asked |= self._keeper is not None and self._keeper.has_arrivals
+        return self._is_stopping or asked or self._scheduler.has_work
+
+    def _between_steps(self, act: Callable[[], T]) -> T:
+        """Have the engine thread do something between two steps, and wait for its answer."""
+        errand = _Errand(act)
+        with self._work:
+            if self._is_threaded:
+                self._check_available()
+            self._errands.append(errand)
+            self._work.notify_all()
+        if not self._is_threaded:  # it is driven step by step, or over
+            self._run_errands()
+        try:
+            return errand.answer.result(timeout=self._config.max_step_s)
+        except TimeoutError:
+            raise EngineUnavailable(f"No step ended within {self._config.max_step_s:.0f} s.") from None
+
+    def _offload_idle(self) -> None:
+        """Now and then, sessions that have been idle for long leave the device. Between steps only; the lock is not held."""
+        now_s = self._clock()
+        if now_s < self._offload_next_s or self._in_flight is not None:
+            return
+        self._offload_next_s = now_s + _OFFLOAD_EVERY_S
+        with self._work:
+            self._sessions.offload_idle_since(now_s - self._config.offload_after_s)
+            copies = self._cache.take_copies()
+        self._runner.copy(copies)
+
+    def _run_errands(self) -> None:
+        """Between steps only; the lock is not held."""
+        if self._keeper is not None:
+            self._keeper.take_arrivals()
+        with self._work:
+            errands, self._errands = self._errands, []
+        for errand in errands:
+            errand.run()
 
     def _make_turns(self, request: TurnRequest) -> list[Turn]:
         policy = TurnPolicy.resolve(request.contract, self._config)
@@ -359,14 +488,17 @@ class Engine:
     def _check_salt(self, request: TurnRequest) -> None:
         """Refuse a second salt for a session here: on the engine thread it would be too late to tell the client."""
         session_id = request.session_id
-        salts = {turn.request.cache_salt for turn in self._scheduler.turns() if turn.request.session_id == session_id}
-        known = self._sessions.find(session_id)
-        if known is not None:
-            salts.add(known.salt)
+        salts = self._salts_of(session_id)
         if salts - {request.cache_salt}:
             raise InvalidRequest(
                 f"Session {session_id!r} belongs to another cache salt; use another session id.", param="session_id"
             )
+
+    def _salts_of(self, session_id: SessionId) -> set[str]:
+        """The one salt of a session that is here or asked for, or none."""
+        salts = {turn.request.cache_salt for turn in self._scheduler.turns() if turn.request.session_id == session_id}
+        known = self._sessions.find(session_id)
+        return salts if known is None else salts | {known.salt}
 
     def _carry_out_requests(self) -> _Erasure | None:
         """End what was cancelled, forget what was released; what is to be erased for that. Between steps only; the lock is held."""
@@ -437,6 +569,7 @@ class Engine:
                 events.setdefault(notice.turn.turn_id, []).append(notice.event)
             audience, self._audience = self._audience, {}
             releases, self._releases = self._releases, []
+            errands, self._errands = self._errands, []
         for turn_id, (turn, listener) in audience.items():
             last_events = events.get(turn_id, [])
             if not last_events or not isinstance(last_events[-1], TurnEnded):
@@ -446,6 +579,12 @@ class Engine:
         for _, done in releases:
             if not done.done():
                 done.set_exception(EngineUnavailable(error))
+        for errand in errands:
+            errand.refuse(error)
+
+
+def _call(act: Callable[[], T]) -> T:
+    return act()
 
 
 def _check_methods(config: EngineConfig) -> None:

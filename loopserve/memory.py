@@ -13,7 +13,7 @@ from loopserve.reads import num_places
 from loopserve.room import Room
 from loopserve.scheduler import Scheduler
 from loopserve.sessions import Session, SessionTable
-from loopserve.stats import BudgetDemand, MemoryStats
+from loopserve.stats import BudgetDemand, DiskCounts, MemoryStats
 
 
 def memory_stats(
@@ -24,6 +24,7 @@ def memory_stats(
     *,
     block_bytes: int,
     device_bytes: int,
+    disk: DiskCounts | None,
 ) -> MemoryStats:
     """Count it. Linear in turns, sessions and held blocks. `device_bytes`: all that the runner keeps there beside the model."""
     decode, turns = config.decode, list(scheduler.turns())
@@ -57,12 +58,13 @@ def memory_stats(
         budget_max_tokens=decode.budget_tokens,
         budget_floor_tokens=decode.budget_floor_tokens,
         pressure=room.counts(),
+        disk=disk,
     )
 
 
 def _warm_len(session: Session) -> int:
     """Tokens of an idle session's longest branch that still have KV; 0 for an active one."""
-    return 0 if session.is_active else max((branch.table.num_tokens for branch in session.branches), default=0)
+    return 0 if session.is_active else session.kv_tokens
 
 
 def _warm_blocks(lengths: Iterable[int], budget_tokens: int | None, config: DecodeSparsity) -> int:

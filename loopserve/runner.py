@@ -64,6 +64,12 @@ class Runner(Protocol):
     def erase(self, blocks: Sequence[BlockId]) -> None:
         """Zero blocks that nobody holds."""
 
+    def read(self, blocks: Sequence[BlockId]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of B whole blocks, on the CPU: [L, B, 16, Hkv, D] each."""
+
+    def write(self, blocks: Sequence[BlockId], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill whole blocks with what `read` gave somewhere."""
+
 
 class _LaunchedStep:
     """What the device gives of one step, on its way to the host."""
@@ -173,6 +179,18 @@ class ModelRunner:
     def erase(self, blocks: Sequence[BlockId]) -> None:
         """Zero blocks that nobody holds, after all that was launched. Mutates the KV pool."""
         self.store.erase_blocks(blocks)
+
+    @torch.inference_mode()
+    def read(self, blocks: Sequence[BlockId]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of B whole blocks, after all that was launched, on the CPU: [L, B, 16, Hkv, D] each."""
+        self.store.settle()
+        return self.store.read_blocks(blocks)
+
+    @torch.inference_mode()
+    def write(self, blocks: Sequence[BlockId], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill whole blocks with what `read` gave somewhere. Mutates the KV pools."""
+        self.store.settle()
+        self.store.write_blocks(blocks, keys, values)
 
     def _forward(self, placed: Sequence[Placed]) -> Forward:
         layout = self._layouts.build(placed)

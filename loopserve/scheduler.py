@@ -18,13 +18,12 @@ from loopserve.dialogue import FinishReason, Mode, TokensGenerated, TurnEnded, T
 from loopserve.errors import Overloaded
 from loopserve.kv.cache import KVCache
 from loopserve.orders import account, segment_ahead, segment_of
-from loopserve.plan import BlockCopy, SampledToken, Segment, StepPlan, StepResult
+from loopserve.plan import SampledToken, Segment, StepPlan, StepResult
 from loopserve.reads import ModelShape
 from loopserve.room import Relief, Room
 from loopserve.sessions import SessionTable
 from loopserve.stats import StepStats, TokenGap, TurnStats
 from loopserve.turn import Turn
-
 
 _RETRY_S = 1.0  # who was refused tries again even if nothing changed: others give way to who waits long
 
@@ -85,6 +84,12 @@ class Scheduler:
         """Turns in the batch."""
         return len(self._running)
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could compute something, or find out that it cannot: some turn waits for no disk."""
+        now_s = self._clock()
+        return bool(self._running) or any(not turn.is_fetching(now_s) for turn in self._waiting)
+
     def turns(self) -> Iterator[Turn]:
         """Every turn that has not ended."""
         yield from self._running
@@ -107,7 +112,7 @@ class Scheduler:
             segments = self._segments()
             if not segments and self._room.num_changes == num_changes:
                 return None  # nobody computes, and nobody makes room for others
-        return self._step(segments, copies=self._cache.take_copies())
+        return self._step(segments)
 
     def _segments(self) -> list[Segment]:
         room_tokens = self._config.max_step_prefill_tokens
@@ -141,10 +146,13 @@ class Scheduler:
             if not self._cache.reserve(turn.leased_branch.table, planned[turn.turn_id].start + 2):
                 return None
         segments = [segment_ahead(turn, planned[turn.turn_id], budget_tokens=self._room.budget(turn)) for turn in turns]
-        return self._step(segments, copies=())
+        return self._step(segments)
 
-    def _step(self, segments: Sequence[Segment], *, copies: tuple[BlockCopy, ...]) -> StepPlan:
+    def _step(self, segments: Sequence[Segment]) -> StepPlan:
         self._step_index += 1
+        copies = (
+            self._cache.take_copies()
+        )  # whoever ordered them: a block that was given up may be written in this step
         plan = StepPlan(self._step_index, copies, tuple(segments), ended_turns=tuple(self._left_batch))
         self._left_batch.clear()
         return plan
@@ -248,7 +256,7 @@ class Scheduler:
         for turn in list(self._waiting):
             if self._is_blocked or len(self._running) >= self._config.max_running_turns:
                 return
-            if turn.waits_for_leader:
+            if turn.waits_for_leader or turn.is_fetching(self._clock()):
                 continue
             if room_tokens <= 0:
                 return

@@ -9,10 +9,11 @@ about turns, but for the id of the one that a branch is busy with.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import SessionId, TokenId, TurnId
-from loopserve.errors import NotFound
+from loopserve.errors import NotFound, Overloaded
 from loopserve.kv.cache import BlockTable, KVCache, Tier
 from loopserve.plan import BlockId
 from loopserve.stats import Occupancy
@@ -43,11 +44,42 @@ class Session:
     last_used_s: float
     branches: list[Branch] = field(default_factory=list)
     num_turns: int = 0
+    num_changes: int = 0  # of what its branches hold
+    num_changes_saved: int = 0  # when it was last written to disk, or read from there
+
+    @property
+    def kv_tokens(self) -> int:
+        """Computed tokens of its longest branch."""
+        return max((branch.table.num_tokens for branch in self.branches), default=0)
 
     @property
     def is_active(self) -> bool:
         """Whether a turn of it is in the batch."""
         return any(branch.busy is not None for branch in self.branches)
+
+
+class BranchRecord(Protocol):
+    """A branch as it was somewhere else; `blocks` is what its blocks are called there."""
+
+    @property
+    def token_ids(self) -> Sequence[TokenId]:
+        """Its history."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How much of it is computed."""
+
+    @property
+    def exact_tokens(self) -> int:
+        """How much of that is exact."""
+
+    @property
+    def sparse_from(self) -> int | None:
+        """See `Branch`."""
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """One for every 16 computed tokens; the last may be partly filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +93,7 @@ class SessionInfo:
     num_turns: int
     is_active: bool
     idle_s: float
+    num_kv_bytes: int = 0  # of its blocks on all tiers, each counted once, also where other sessions share it
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +118,17 @@ class SessionTable:
     """All sessions of one engine. Not thread-safe: it belongs to the engine thread."""
 
     def __init__(
-        self, cache: KVCache, *, max_sessions: int, max_branches: int, reuse: bool, clock: Callable[[], float]
+        self,
+        cache: KVCache,
+        *,
+        max_sessions: int,
+        max_branches: int,
+        reuse: bool,
+        clock: Callable[[], float],
+        block_bytes: int = 0,
     ) -> None:
         self._cache = cache
+        self._block_bytes = block_bytes
         self._max_sessions = max_sessions
         self._max_branches = max_branches
         self._reuse = reuse
@@ -176,6 +217,7 @@ class SessionTable:
     def give_back(self, session: Session, branch: Branch) -> None:
         """The branch's turn is over: its blocks become warm."""
         branch.busy = None
+        session.num_changes += 1
         session.last_used_s = branch.last_used_s = self._clock()
         if branch.table.num_tokens == 0 and branch in session.branches and len(session.branches) > 1:
             self._drop(session, branch)
@@ -191,6 +233,14 @@ class SessionTable:
         else:
             self._give_up(branch)
         return True
+
+    def offload_idle_since(self, latest_s: float) -> None:
+        """Move the KV of branches that were last used by then to host memory, as long as no other has to give way there."""
+        for branch in list(self._idle_branches()):
+            num_blocks = branch.table.num_device_blocks
+            if 0 < num_blocks <= self._cache.host_pool.num_free and branch.last_used_s <= latest_s:
+                self._cache.offload(branch.table)
+                self.num_offloaded += 1
 
     def offload(self, branch: Branch, *, keep_blocks: int = 0) -> bool:
         """Move a branch's blocks to host memory, but for the last `keep_blocks`; idle branches that were used before it give way there.
@@ -223,16 +273,62 @@ class SessionTable:
         assert not session.is_active, "turns must end before their session is released"
         self._forget(session)
 
+    def adopt(
+        self, session_id: SessionId, *, salt: str, num_turns: int, branches: Sequence[BranchRecord]
+    ) -> dict[int, BlockId]:
+        """Take a session over as it was somewhere else, in place of what is known of it here; the caller has to bring its bytes.
+
+        The answer is the blocks that have to be filled, by what they are called there. Sessions that have been idle longest give way in
+        host memory. Raises Overloaded, and changes nothing but these, when there is no room; no turn of the session may be in the batch.
+        """
+        before = self.find(session_id)
+        assert before is None or not before.is_active, "a session with a turn in the batch is not replaced"
+        while True:
+            known: dict[int, BlockId] = {}
+            tables = [self._adopted(record, salt, known) for record in branches]
+            if None not in tables:
+                break
+            for table in tables:
+                if table is not None:
+                    self._cache.free(table)
+            holders = [b for b in self._idle_branches() if b.table.blocks]
+            idle = [b for b in holders if b.table.num_host_blocks] or holders
+            if not idle:
+                raise Overloaded(f"There is no room for the KV of session {session_id!r}.")
+            self._give_up(min(idle, key=lambda branch: branch.last_used_s))
+        if before is not None:
+            self._forget(before)
+        session = self.open(session_id, salt=salt)
+        session.num_turns, session.last_used_s = num_turns, self._clock()
+        session.num_changes += 1
+        session.branches = [
+            Branch(table, list(record.token_ids), sparse_from=record.sparse_from, last_used_s=session.last_used_s)
+            for table, record in zip(tables, branches, strict=True)
+            if table is not None
+        ]
+        return known
+
+    def _adopted(self, record: BranchRecord, salt: str, known: dict[int, BlockId]) -> BlockTable | None:
+        return self._cache.adopt(
+            record.token_ids,
+            salt,
+            num_tokens=record.num_tokens,
+            exact_tokens=record.exact_tokens,
+            blocks=record.blocks,
+            known=known,
+        )
+
     def info(self, session: Session) -> SessionInfo:
         """What a user may see of the session."""
         return SessionInfo(
             session_id=session.session_id,
             num_tokens=max((len(b.token_ids) for b in session.branches), default=0),
-            num_cached_tokens=max((b.table.num_tokens for b in session.branches), default=0),
+            num_cached_tokens=session.kv_tokens,
             num_branches=len(session.branches),
             num_turns=session.num_turns,
             is_active=session.is_active,
             idle_s=0.0 if session.is_active else self._clock() - session.last_used_s,
+            num_kv_bytes=len({block for b in session.branches for block in b.table.blocks}) * self._block_bytes,
         )
 
     def occupancy(self, tier: Tier = Tier.DEVICE) -> Occupancy:

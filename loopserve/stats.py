@@ -1,7 +1,7 @@
 """Plain measurements and where they go. Floor 0: exporters (`monitoring/`) read these records, the engine never imports an exporter."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import FinishReason, SessionId, TurnUsage
@@ -41,6 +41,38 @@ class PressureCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskCounts:
+    """What the disk tier did since the start, and how much of this engine's lies there now."""
+
+    saved_sessions: int = 0
+    saved_bytes: int = 0  # written: blocks that were there already are not
+    loaded_sessions: int = 0
+    loaded_bytes: int = 0
+    leased_elsewhere: int = 0  # another engine owned the session
+    full: int = 0
+    failed: int = 0
+    late: int = 0  # came after the turn had stopped waiting
+    not_worth_it: int = 0  # computing again was quicker by what is measured
+    refused: tuple[tuple[str, int], ...] = ()  # by reason
+    num_sessions: int = 0
+    num_bytes: int = 0
+
+    def plus(self, **more: int) -> Self:
+        """With so many more of each."""
+        return replace(self, **{name: getattr(self, name) + count for name, count in more.items()})
+
+    def with_refused(self, reason: str) -> Self:
+        """With one refused image more."""
+        refused = dict(self.refused)
+        refused[reason] = refused.get(reason, 0) + 1
+        return replace(self, refused=tuple(sorted(refused.items())))
+
+    def with_content(self, *, num_sessions: int, num_bytes: int) -> Self:
+        """With what lies there now."""
+        return replace(self, num_sessions=num_sessions, num_bytes=num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetDemand:
     """Device bytes that conversations would hold at one budget, compact where they may be; `budget_tokens` None: of all their tokens."""
 
@@ -77,6 +109,7 @@ class MemoryStats:
     budget_max_tokens: int
     budget_floor_tokens: int
     pressure: PressureCounts = PressureCounts()
+    disk: DiskCounts | None = None  # None: there is no disk tier
 
     @property
     def active_device_tokens(self) -> int:

@@ -26,8 +26,9 @@ from loopserve.detokenizer import AnswerText, Vocabulary
 from loopserve.dialogue import Message, SessionId, TokenId
 from loopserve.errors import InvalidRequest
 
+DIGEST_BYTES = 16
+TRANSCRIPTS_PER_SESSION = 8  # branches and edits of one conversation
 _TOKENS_MAX = 1 << 25  # of all sessions together, 4 bytes each: 128 MiB
-_TRANSCRIPTS_PER_SESSION = 8  # branches and edits of one conversation
 _SAMPLE_DIALOGUE = (
     Message("user", "Hello  there! Was ist 2+2?\n\n"),
     Message("assistant", "It's four, \n naïve 你好🤖."),
@@ -36,22 +37,35 @@ _SAMPLE_DIALOGUE = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Mark:
+class Mark:
     """A place in a conversation where so many characters of text are so many tokens; `digest` is of all text before it."""
 
     num_chars: int
     num_tokens: int
-    digest: bytes
+    digest: bytes  # 16
 
 
 @dataclass(frozen=True, slots=True)
-class _Transcript:
-    """The token ids of a conversation up to its last mark; marks ascend."""
+class Transcript:
+    """The token ids of a conversation up to its last mark; marks ascend. Nobody changes the array."""
 
-    token_ids: "array[int]"
-    marks: tuple[_Mark, ...]
+    token_ids: "array[int]"  # of 4 bytes
+    marks: tuple[Mark, ...]
 
-    def holds(self, other: "_Transcript") -> bool:
+    def fault(self) -> str | None:
+        """What no transcript can be, of one that came from somewhere else; None where it may be one."""
+        places = [(mark.num_chars, mark.num_tokens) for mark in self.marks]
+        if not places or min(min(place) for place in places) < 0:
+            return "it has no marks, or one before its beginning"
+        if any(after < before for pair in pairwise(places) for before, after in zip(*pair, strict=True)):
+            return "its marks do not ascend"
+        if places[-1][1] != len(self.token_ids):
+            return f"its last mark is at {places[-1][1]} of {len(self.token_ids)} tokens"
+        if any(len(mark.digest) != DIGEST_BYTES for mark in self.marks):
+            return f"a digest is not {DIGEST_BYTES} bytes long"
+        return None
+
+    def holds(self, other: "Transcript") -> bool:
         """Whether the other is a beginning of this one and can serve nothing that this one cannot."""
         return set(other.marks) <= set(self.marks) and self.token_ids[: len(other.token_ids)] == other.token_ids
 
@@ -61,7 +75,7 @@ class Prompt:
     """A prompt's ids, and what is needed to carry its transcript on; the latter only where texts can be told from ids."""
 
     token_ids: tuple[TokenId, ...]
-    transcript: _Transcript | None = None
+    transcript: Transcript | None = None
     digest: "hashlib.blake2b | None" = None  # of the prompt's text
 
 
@@ -71,6 +85,7 @@ class TokenHistory:
     def __init__(self, tokenizer: Any, vocabulary: Vocabulary, *, max_sessions: int) -> None:
         """Beyond `max_sessions` the least recently used session is forgotten. `vocabulary` is the tokenizer's."""
         self._vocabulary = vocabulary
+        self._num_ids = len(tokenizer)
         self._renderer = _Renderer(tokenizer)
         self._transcripts = _Transcripts(max_sessions, _TOKENS_MAX)
 
@@ -88,6 +103,19 @@ class TokenHistory:
         if transcript is not None and prompt.transcript is not None:
             self._transcripts.add(session_id, transcript, behind=prompt.transcript)
 
+    def export(self, session_id: SessionId) -> tuple[Transcript, ...]:
+        """What is kept of a session, newest first; it stays here."""
+        return self._transcripts.of(session_id)
+
+    def adopt(self, session_id: SessionId, transcripts: Sequence[Transcript]) -> None:
+        """Keep what another replica of the same model has exported, behind whatever the session has said here.
+
+        One with an id that the tokenizer does not have is left out: its text is tokenised anew then.
+        """
+        known = [t for t in transcripts if max(t.token_ids, default=0) < self._num_ids]
+        if known:
+            self._transcripts.adopt(session_id, known)
+
     def forget(self, session_id: SessionId) -> None:
         """Drop all of a session; unknown ones are ignored."""
         self._transcripts.forget(session_id)
@@ -100,20 +128,20 @@ class TokenHistory:
             raise InvalidRequest(f"the text is not valid Unicode: {error}") from error
         if not self._renderer.is_split_safe:
             return Prompt(self._renderer.encode(text, with_special=not is_chat))
-        digest = hashlib.blake2b(b"chat" if is_chat else b"text", digest_size=16)
+        digest = hashlib.blake2b(b"chat" if is_chat else b"text", digest_size=DIGEST_BYTES)
         past = self._transcripts.longest(session_id, text, digest)
         if past.marks:
             rest = self._renderer.encode_rest(text[past.marks[-1].num_chars :])
         else:
             rest = self._renderer.encode(text, with_special=not is_chat)
         token_ids = (*past.token_ids, *rest)
-        mark = _Mark(len(text), len(token_ids), digest.digest())
+        mark = Mark(len(text), len(token_ids), digest.digest())
         marks = past.marks if mark in past.marks else (*past.marks, mark)
-        transcript = _Transcript(array("I", token_ids), marks)
+        transcript = Transcript(array("I", token_ids), marks)
         self._transcripts.add(session_id, transcript)
         return Prompt(token_ids, transcript, digest)
 
-    def _with_answer(self, prompt: Prompt, answer: AnswerText) -> _Transcript | None:
+    def _with_answer(self, prompt: Prompt, answer: AnswerText) -> Transcript | None:
         """The transcript with marks in the answer, where its trailing white space begins (templates like to trim) and where its visible
         text ends; None if no mark fits.
 
@@ -133,12 +161,12 @@ class TokenHistory:
             part = b"".join(pieces[start:count])
             digest.update(part)
             num_chars += len(part.decode())
-            marks.append(_Mark(num_chars, len(prompt.token_ids) + count, digest.digest()))
+            marks.append(Mark(num_chars, len(prompt.token_ids) + count, digest.digest()))
             start = count
         if not marks:
             return None
         token_ids = prompt.transcript.token_ids + array("I", answer.token_ids[:start])
-        return _Transcript(token_ids, (*prompt.transcript.marks, *marks))
+        return Transcript(token_ids, (*prompt.transcript.marks, *marks))
 
 
 class _Renderer:
@@ -210,9 +238,9 @@ class _Transcripts:
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._lock = threading.Lock()
-        self._sessions: OrderedDict[SessionId, tuple[_Transcript, ...]] = OrderedDict()  # least recently used first
+        self._sessions: OrderedDict[SessionId, tuple[Transcript, ...]] = OrderedDict()  # least recently used first
 
-    def longest(self, session_id: SessionId, text: str, digest: "hashlib.blake2b") -> _Transcript:
+    def longest(self, session_id: SessionId, text: str, digest: "hashlib.blake2b") -> Transcript:
         """The session's transcript, cut at the longest mark whose text begins `text`; empty if there is none.
 
         `digest` is fed with all of `text`, once, whatever the number of marks.
@@ -225,14 +253,14 @@ class _Transcripts:
             digest.update(text[start:end].encode())
             digests[end] = digest.digest()
         digest.update(text[places[-1] if places else 0 :].encode())
-        best = _Transcript(array("I"), ())
+        best = Transcript(array("I"), ())
         for transcript in transcripts:
             marks = tuple(m for m in transcript.marks if digests.get(m.num_chars) == m.digest)
             if marks and (not best.marks or marks[-1].num_chars > best.marks[-1].num_chars):
-                best = _Transcript(transcript.token_ids[: marks[-1].num_tokens], marks)
+                best = Transcript(transcript.token_ids[: marks[-1].num_tokens], marks)
         return best
 
-    def add(self, session_id: SessionId, transcript: _Transcript, *, behind: _Transcript | None = None) -> None:
+    def add(self, session_id: SessionId, transcript: Transcript, *, behind: Transcript | None = None) -> None:
         """Keep a transcript as the session's newest; beginnings of it are dropped, as is what exceeds the limits.
 
         `behind`: only where that one is still kept.
@@ -244,18 +272,36 @@ class _Transcripts:
             if any(other.holds(transcript) for other in old):
                 new = old
             else:
-                new = (transcript, *(other for other in old if not transcript.holds(other)))[:_TRANSCRIPTS_PER_SESSION]
-            self._sessions[session_id] = new
-            self._num_tokens += sum(len(t.token_ids) for t in new)
-            while len(self._sessions) > self._max_sessions or self._num_tokens > self._max_tokens:
-                self._take_out(next(iter(self._sessions)))
+                new = (transcript, *(other for other in old if not transcript.holds(other)))[:TRANSCRIPTS_PER_SESSION]
+            self._put_in(session_id, new)
+
+    def of(self, session_id: SessionId) -> tuple[Transcript, ...]:
+        """All of a session, newest first."""
+        with self._lock:
+            return self._sessions.get(session_id, ())
+
+    def adopt(self, session_id: SessionId, transcripts: Sequence[Transcript]) -> None:
+        """Keep transcripts from elsewhere as older than all that the session has here."""
+        with self._lock:
+            kept = list(self._take_out(session_id))
+            for transcript in transcripts:
+                if not any(other.holds(transcript) for other in kept):
+                    kept.append(transcript)
+            self._put_in(session_id, tuple(kept[:TRANSCRIPTS_PER_SESSION]))
 
     def forget(self, session_id: SessionId) -> None:
         """Drop all of a session."""
         with self._lock:
             self._take_out(session_id)
 
-    def _take_out(self, session_id: SessionId) -> tuple[_Transcript, ...]:
+    def _put_in(self, session_id: SessionId, transcripts: tuple[Transcript, ...]) -> None:
+        """As the most recently used session; what exceeds the limits goes."""
+        self._sessions[session_id] = transcripts
+        self._num_tokens += sum(len(t.token_ids) for t in transcripts)
+        while len(self._sessions) > self._max_sessions or self._num_tokens > self._max_tokens:
+            self._take_out(next(iter(self._sessions)))
+
+    def _take_out(self, session_id: SessionId) -> tuple[Transcript, ...]:
         transcripts = self._sessions.pop(session_id, ())
         self._num_tokens -= sum(len(t.token_ids) for t in transcripts)
         return transcripts

@@ -43,6 +43,7 @@ class Turn:
     tally: QualityTally = field(default_factory=QualityTally)
     num_preemptions: int = 0
     turn_number: int = 0
+    fetch_until_s: float | None = None  # its session is being brought from disk; it waits no longer than this
     admitted_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
@@ -94,6 +95,10 @@ class Turn:
         if leader is None or leader.ended:
             return False
         return leader.branch is None or leader.num_computed < leader.prompt_len
+
+    def is_fetching(self, now_s: float) -> bool:
+        """Whether it still waits for its session's KV."""
+        return self.fetch_until_s is not None and now_s < self.fetch_until_s
 
     def next_chunk_len(self, chunk_tokens: int) -> int:
         """Rows of the next prefill chunk: to the next multiple of `chunk_tokens` from `start`, whatever the load."""

@@ -22,15 +22,15 @@ MAP = """\
 9 | deploy/ loopserve/__main__.py
 8 | loopserve/cli/
 7 | loopserve/evaluation/ loopserve/tuning/
-6 | loopserve/engine.py loopserve/chat.py | loopserve/bench/* loopserve/chunks.py*
+6 | loopserve/engine.py loopserve/handoff.py loopserve/keeper.py loopserve/archive.py loopserve/chat.py | loopserve/bench/* loopserve/chunks.py*
 5 | loopserve/runner.py | loopserve/memory.py*
 4 | loopserve/attention.py loopserve/layout.py loopserve/graphs.py loopserve/turn_table.py \
 loopserve/loading.py loopserve/sampler.py | loopserve/scheduler.py* loopserve/room.py* loopserve/orders.py* \
 loopserve/turn.py*
 3 | loopserve/sparsity/ | loopserve/sessions.py* loopserve/quality.py* loopserve/admission.py* \
-loopserve/detokenizer.py* loopserve/transcripts.py*
+loopserve/detokenizer.py* loopserve/transcripts.py* loopserve/break_even.py*
 2 | loopserve/kv/__init__.py* loopserve/kv/pool.py* loopserve/kv/cache.py* loopserve/kv/store.py loopserve/kv/stage.py \
-loopserve/kv/working_set.py loopserve/transfer.py
+loopserve/kv/working_set.py loopserve/kv/sealed.py loopserve/kv/image.py loopserve/kv/disk/ loopserve/transfer.py
 1 | loopserve/kernels/
 0 | loopserve/__init__.py* loopserve/errors.py* loopserve/environment.py* loopserve/config.py* loopserve/crossover.py* \
 loopserve/methods.py* loopserve/reads.py* loopserve/dialogue.py* loopserve/plan.py* loopserve/stats.py*

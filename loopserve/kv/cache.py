@@ -184,6 +184,46 @@ class KVCache:
         table.epoch += 1
         return True
 
+    def adopt(
+        self,
+        token_ids: Sequence[TokenId],
+        salt: str,
+        *,
+        num_tokens: int,
+        exact_tokens: int,
+        blocks: Sequence[int],
+        known: dict[int, BlockId],
+    ) -> BlockTable | None:
+        """A table for KV that was computed elsewhere; `blocks` is what each of its blocks is called there.
+
+        A full exact block that the index knows is shared. Others get a block, in host memory as long as there is room, and enter `known`:
+        the caller fills these. One that is in `known` already, of another table of the same origin, is shared. None when no tier has room.
+        """
+        table = self.open(salt)
+        parent = table.seed
+        for place, name in enumerate(blocks):
+            end = (place + 1) * BLOCK_TOKENS
+            digest = None
+            if end <= exact_tokens:
+                digest = parent = _hash(parent, _token_bytes(token_ids[end - BLOCK_TOKENS : end]))
+            block = self._adopted(digest, known.get(name), table.blocks[-1] if table.blocks else None)
+            if block is None:
+                self.free(table)
+                return None
+            is_indexed = digest is not None and self._hash_of.get(block) == digest
+            if not is_indexed and name not in known:
+                known[name] = block
+                if end <= num_tokens:
+                    self._provenance[block] = Provenance.APPROXIMATE if digest is None else Provenance.EXACT
+                if digest is not None:
+                    self._index(self._shelf(block), digest, block)
+            table.blocks.append(block)
+            if digest is not None:
+                table.hashes.append(digest)
+        table.num_tokens, table.exact_tokens = num_tokens, exact_tokens
+        table.num_host_blocks = self._num_host(table.blocks)
+        return table
+
     def num_blocks_missing(self, table: BlockTable, num_tokens: int) -> int:
         """How many more blocks the table needs to hold `num_tokens`."""
         return max(0, -(-num_tokens // BLOCK_TOKENS) - len(table.blocks))
@@ -326,6 +366,20 @@ class KVCache:
             table.num_host_blocks = self._num_host(table.blocks)
             table.epoch += 1
         return is_complete
+
+    def _adopted(self, digest: BlockHash | None, known: BlockId | None, before: BlockId | None) -> BlockId | None:
+        """A block for content that comes from elsewhere: one that has it, or one to be filled."""
+        there = known
+        if digest is not None:
+            there = self._device.by_hash.get(digest, self._host.by_hash.get(digest, known))
+        if there is not None:
+            self._shelf(there).pool.retain(there)
+            return there
+        for shelf in (self._host, self._device):
+            block = self._allocate(shelf, before if before is not None and before in shelf.pool.ids else None)
+            if block is not None:
+                return block
+        return None
 
     def _moved(self, table: BlockTable, place: int, before: BlockId | None, target: _Shelf) -> BlockId | None:
         """The copy of one block on another tier, held once more; None when there is no room for it."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loopserve.config import BLOCK_TOKENS
+from loopserve.kernels import store_sketch
 from loopserve.kernels.sketch import KeySketch, sketch_bytes
 from loopserve.plan import BlockCopy, BlockId
 from loopserve.transfer import on_device
@@ -80,7 +81,7 @@ class KVStore:
 
         On CUDA they are queued, in the order of everything else.
         """
-        for first, num_blocks in _runs(copies):
+        for first, num_blocks in _runs(copies, self.num_slots // BLOCK_TOKENS):
             num_slots = num_blocks * BLOCK_TOKENS
             source, target = first.source * BLOCK_TOKENS, first.target * BLOCK_TOKENS
             for layer in range(len(self.keys)):
@@ -103,6 +104,29 @@ class KVStore:
         _zero([part for sketch in self.sketches for part in (sketch.signs, sketch.scales)], blocks)
         self.settle()  # kernels are only queued so far, and somebody is told that it is done
 
+    def read_blocks(self, blocks: Sequence[BlockId]) -> tuple[Tensor, Tensor]:
+        """Keys and values of B whole blocks of either tier, on the CPU: [L, B, 16, Hkv, D] each, copied."""
+        shape = (len(self.keys), len(blocks), BLOCK_TOKENS, *self.keys[0].shape[1:])
+        keys, values = (torch.empty(shape, dtype=self.keys[0].dtype) for _ in range(2))
+        for first, length in self._stretches(blocks):
+            for layer in range(len(self.keys)):
+                here = self.slots(layer, blocks[first] * BLOCK_TOKENS, length * BLOCK_TOKENS)
+                for to, what in zip((keys, values), here, strict=True):
+                    to[layer, first : first + length].flatten(0, 1).copy_(what)
+        return keys, values
+
+    def write_blocks(self, blocks: Sequence[BlockId], keys: Tensor, values: Tensor) -> None:
+        """Fill B whole blocks of either tier, as `read_blocks` gave them, and their sketches."""
+        for first, length in self._stretches(blocks):
+            first_slot, num_slots = blocks[first] * BLOCK_TOKENS, length * BLOCK_TOKENS
+            for layer in range(len(self.keys)):
+                here = self.slots(layer, first_slot, num_slots)
+                for to, what in zip(here, (keys, values), strict=True):
+                    to.copy_(what[layer, first : first + length].flatten(0, 1))
+            for layer, sketch in enumerate(self.sketches):
+                new = keys[layer, first : first + length].flatten(0, 1).to(self.device)
+                store_sketch(new, sketch, torch.arange(first_slot, first_slot + num_slots, device=self.device))
+
     def slots(self, layer: int, first_slot: int, num_slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values of slots that follow each other on one tier, [num_slots, Hkv, D] each; views."""
         keys, values = self.keys[layer], self.values[layer]
@@ -110,6 +134,15 @@ class KVStore:
             first_slot -= self.num_slots
             keys, values = self.host_keys[layer], self.host_values[layer]
         return keys[first_slot : first_slot + num_slots], values[first_slot : first_slot + num_slots]
+
+    def _stretches(self, blocks: Sequence[BlockId]) -> Iterator[tuple[int, int]]:
+        """Where blocks that follow each other on one tier begin in a list, and how many they are."""
+        first_of_host, first = self.num_slots // BLOCK_TOKENS, 0
+        for place in range(1, len(blocks) + 1):
+            goes_on = place < len(blocks) and blocks[place] == blocks[place - 1] + 1 != first_of_host
+            if not goes_on:
+                yield first, place - first
+                first = place
 
     def settle(self) -> None:
         """Wait until all that was queued is done, so that the host may read and write what lies in its memory."""
@@ -123,12 +156,14 @@ def block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: tor
     return num_layers * BLOCK_TOKENS * num_kv_heads * a_token
 
 
-def _runs(copies: Sequence[BlockCopy]) -> Iterator[tuple[BlockCopy, int]]:
-    """Copy orders as the first one and how many follow each other in source and target alike; none of a run reads what it writes."""
+def _runs(copies: Sequence[BlockCopy], first_of_host: int) -> Iterator[tuple[BlockCopy, int]]:
+    """Copy orders as the first one and how many follow each other in source and target alike; none of a run reads what it writes, or
+    crosses from one tier to the other."""
     first, length = None, 0
     for copy in copies:
         if first is not None:
             follows = (copy.source - first.source, copy.target - first.target) == (length, length)
+            follows &= first_of_host not in (copy.source, copy.target)
             if follows and abs(first.target - first.source) > length:
                 length += 1
                 continue

@@ -129,6 +129,30 @@ class FakeDevice:
         return Finished(self.run(plan))
 
     device_bytes = 0
+    parcels: dict = field(
+        default_factory=dict
+    )  # by an engine's image: what lay in each of its blocks; shared by those that hand over
+
+    def read(self, blocks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """An image's tensors, that name the parcel which holds what they stand for."""
+        number = len(self.parcels) + 1
+        self.parcels[number] = [
+            [self.slots.get(block * BLOCK_TOKENS + offset) for offset in range(BLOCK_TOKENS)] for block in blocks
+        ]
+        names = torch.zeros((1, len(blocks), BLOCK_TOKENS, 1, 1))
+        for index in range(len(blocks)):
+            names[0, index, 0] = number * 1024 + index
+        return names, names
+
+    def write(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put a parcel's content into blocks."""
+        for index, block in enumerate(blocks):
+            number, place = divmod(int(keys[0, index, 0]), 1024)
+            for offset, slot in enumerate(self.parcels[number][place]):
+                if slot is None:
+                    self.slots.pop(block * BLOCK_TOKENS + offset, None)
+                else:
+                    self.slots[block * BLOCK_TOKENS + offset] = slot
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Carry out copies."""

@@ -176,6 +176,25 @@ class Dialogues(RuleBasedStateMachine):
         if self.engine._in_flight is None:
             self.engine._room._ask_to_be_compact(self.engine._scheduler._running)
 
+    @precondition(lambda self: self.ready() and not self.running())
+    @rule(lost=st.booleans())
+    def hand_over(self, lost):
+        """A new engine takes over all sessions, or the first of them; what it has no room for it forgets."""
+        old, parcels = self.engine, self.device.parcels
+        self.engine, self.device = fake_engine(self.config, clock=self.clock)
+        self.device.parcels = parcels
+        self.engine._turn_ids = old._turn_ids
+        for info in old.sessions()[: 1 if lost else None]:
+            salt = old._sessions.get(info.session_id).salt
+            before = {b.table.num_tokens for b in old._sessions.get(info.session_id).branches}
+            try:
+                imported = self.engine.import_session(old.export_session(info.session_id))
+            except Overloaded:
+                continue
+            session = self.engine._sessions.get(info.session_id)
+            assert session.salt == salt and imported.num_tokens == max(before, default=0)
+        old.check()
+
     @precondition(ready)
     @rule(ratio=st.sampled_from([0.0, 0.3, 1.0]))
     def set_compact_above(self, ratio):

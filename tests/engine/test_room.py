@@ -64,6 +64,21 @@ def test_idle_sessions_go_to_host_memory_first_and_come_back_with_all_their_toke
     assert inbox.started[turn_id].cached_tokens == 90
 
 
+def test_sessions_idle_for_long_leave_the_device_unasked():
+    clock = Clock()
+    engine, _ = engine_of(30, offload_after_s=60.0, clock=clock)
+    engine.submit(request("idle", 90, mode=Mode.EXACT, max_tokens=1), Inbox())
+    drain(engine)
+    for now_s, tier in ((59.0, Tier.DEVICE), (61.0, Tier.HOST)):
+        clock.now_s = now_s
+        engine.step()
+        engine.check()
+        assert engine.occupancy(tier).warm == 6
+    assert engine.occupancy().warm == 0 and engine.occupancy().cached == 5, (
+        "its full blocks are still there, but nobody's"
+    )
+
+
 def test_the_session_idle_longest_is_dropped_where_the_host_is_full():
     clock = Clock()
     engine, _ = engine_of(6, host_blocks=8, clock=clock)

@@ -57,6 +57,8 @@ def block(store: KVStore, layer: int, number: int) -> torch.Tensor:
         [(1, 2), (2, 3), (3, 4)],  # each reads what the one before it wrote
         [(1, 9), (6, 1), (9, 2), (1, 10)],
         [(3, 2), (4, 3), (5, 4)],
+        [(4, 9), (5, 10), (6, 1)],  # block 5 is the device's last
+        [(1, 5), (2, 6)],
     ],
 )
 def test_copies_are_carried_out_one_after_the_other(pairs):
@@ -74,6 +76,22 @@ def test_copies_are_carried_out_one_after_the_other(pairs):
         store_sketch(every, fresh, torch.arange(len(every)))
         assert torch.equal(fresh.signs, store.sketches[layer].signs), "a sketch was left behind"
         assert torch.equal(fresh.scales, store.sketches[layer].scales)
+
+
+def test_blocks_are_read_and_written_whole_with_their_sketches():
+    store, other = filled_store(sketch=True), filled_store(sketch=True)
+    numbers = [BlockId(n) for n in (4, 5, 6, 2, 9, 8)]
+    keys, values = store.read_blocks(numbers)
+    assert keys.shape == (LAYERS, 6, BLOCK_TOKENS, HEADS, DIM) and torch.equal(values, -keys)
+    targets = [BlockId(n) for n in (1, 2, 3, 5, 6, 7)]
+    other.write_blocks(targets, keys, values)
+    for layer in range(LAYERS):
+        for source, target in zip(numbers, targets, strict=True):
+            assert torch.equal(block(other, layer, target), block(store, layer, source))
+        fresh = filled_store(sketch=True).sketches[0]
+        every = torch.cat((other.keys[layer], other.host_keys[layer]))
+        store_sketch(every, fresh, torch.arange(len(every)))
+        assert torch.equal(fresh.signs, other.sketches[layer].signs)
 
 
 def test_blocks_are_erased_on_their_own_tier():

@@ -1,0 +1,217 @@
+"""Sessions on disk: saved behind the engine's back, there after a restart with the same tokens; whatever is wrong, the answer is right."""
+
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fake_device import Inbox
+from test_tiers import DECODE, random_ids
+
+from loopserve.config import DiskSettings
+from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnEnded, TurnRequest
+from loopserve.errors import ConfigError
+from loopserve.kv.disk import DiskFull, DiskTier
+
+PROMPT = random_ids(120, 1)
+WAIT_S = 20.0
+
+
+def settings(directory: Path, **overrides) -> DiskSettings:
+    return DiskSettings(**({"directory": str(directory), "save_after_s": 0.0, "lease_s": 60.0} | overrides))
+
+
+class Client:
+    """Waits for each answer of a running engine."""
+
+    def __init__(self, engine) -> None:
+        self.engine, self.inbox, self._news = engine, Inbox(), threading.Condition()
+
+    def __call__(self, events) -> None:
+        with self._news:
+            self.inbox(events)
+            self._news.notify_all()
+
+    def answer(self, prompt, *, session: str = "a", mode=Mode.SPARSE) -> TurnEnded:
+        sampling = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+        request = TurnRequest(SessionId(session), tuple(prompt), sampling, QualityContract(mode))
+        (turn_id,) = self.engine.submit(request, self)
+        with self._news:
+            assert self._news.wait_for(lambda: turn_id in self.inbox.ended, timeout=WAIT_S), "a turn hangs"
+        ended = self.inbox.ended[turn_id]
+        assert ended.error is None
+        return ended
+
+    def wait_for(self, what, message: str) -> None:
+        deadline_s = time.monotonic() + WAIT_S
+        while not what(self.engine.memory()):
+            assert time.monotonic() < deadline_s, message
+            time.sleep(0.01)
+
+    def wait_until_saved(self, num_sessions: int = 1) -> None:
+        self.wait_for(lambda m: m.disk.num_sessions >= num_sessions, "a session is never saved")
+
+
+@contextmanager
+def running(engine, **overrides):
+    eng, _, _ = engine(decode=DECODE, **overrides)
+    eng.start()
+    try:
+        yield Client(eng)
+    finally:
+        eng.stop()
+        assert eng._keeper is None or not any(thread.is_alive() for thread in eng._keeper._archive._threads)
+
+
+@pytest.fixture
+def expected(engine) -> dict[int, tuple[int, ...]]:
+    """The answers of an engine that never stopped, to the first and to the second turn."""
+    with running(engine) as client:
+        first = client.answer(PROMPT).token_ids
+        return {1: first, 2: client.answer([*PROMPT, *first, 7, 8, 9]).token_ids}
+
+
+def second_turn(expected) -> list[int]:
+    return [*PROMPT, *expected[1], 7, 8, 9]
+
+
+@pytest.mark.parametrize("saved", ["while idle", "at the end"])
+def test_a_restarted_engine_goes_on_where_the_session_was(engine, tmp_path, expected, saved):
+    disk = settings(tmp_path, save_after_s=0.0 if saved == "while idle" else 3600.0)
+    with running(engine, disk=disk) as client:
+        assert client.answer(PROMPT).token_ids == expected[1]
+        if saved == "while idle":
+            client.wait_until_saved()
+    with running(engine, disk=disk, host_blocks=0) as client:
+        assert client.engine.sessions() == (), "nothing is read before somebody asks"
+        ended = client.answer(second_turn(expected))
+        assert ended.token_ids == expected[2] and ended.usage.cached_tokens == 120
+        assert client.engine.memory().disk.loaded_sessions == 1
+
+
+def test_what_host_memory_had_no_room_for_comes_back_from_disk(engine, tmp_path, expected):
+    with running(engine, disk=settings(tmp_path), kv_blocks=12, host_blocks=0) as client:
+        assert client.answer(PROMPT).token_ids == expected[1]
+        client.wait_until_saved()
+        client.answer(random_ids(150, 2), session="b")
+        assert client.engine.session(SessionId("a")).num_cached_tokens == 0
+        client.wait_until_saved(2)
+        ended = client.answer(second_turn(expected))
+        assert ended.token_ids == expected[2] and ended.usage.cached_tokens == 120
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
+def test_a_damaged_session_is_refused_counted_and_computed_again(engine, tmp_path, expected, damage):
+    with running(engine, disk=settings(tmp_path)) as client:
+        client.answer(PROMPT)
+        client.wait_until_saved()
+    (pack,) = (
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.parent.name == "packs" and path.stat().st_size > 10_000
+    )
+    data = bytearray(pack.read_bytes())
+    data[len(data) // 2] ^= 4
+    pack.chmod(0o600)
+    pack.write_bytes({"flipped": data, "cut": data[: len(data) // 2], "emptied": b""}[damage])
+    with running(engine, disk=settings(tmp_path)) as client:
+        ended = client.answer(second_turn(expected))
+        assert ended.token_ids == expected[2] and ended.usage.cached_tokens == 0
+        counts = client.engine.memory().disk
+        assert sum(count for _, count in counts.refused) == 1 and counts.loaded_sessions == 0
+
+
+def test_another_models_sessions_are_not_seen(engine, tmp_path, expected):
+    with running(engine, family="qwen3", disk=settings(tmp_path)) as client:
+        client.answer(PROMPT)
+        client.wait_until_saved()
+    with running(engine, disk=settings(tmp_path, shared=True)) as client:
+        ended = client.answer(PROMPT)
+        assert ended.token_ids == expected[1] and ended.usage.cached_tokens == 0
+        assert client.engine.memory().disk.refused == ()
+
+
+def test_a_slow_disk_is_not_waited_for(engine, tmp_path, expected, monkeypatch):
+    with running(engine, disk=settings(tmp_path)) as client:
+        client.answer(PROMPT)
+        client.wait_until_saved()
+    let_go, load = threading.Event(), DiskTier.load
+
+    def slow(*args):
+        let_go.wait(WAIT_S)
+        return load(*args)
+
+    monkeypatch.setattr(DiskTier, "load", slow)
+    with running(engine, disk=settings(tmp_path, wait_s=0.05)) as client:
+        ended = client.answer(second_turn(expected))
+        assert ended.token_ids == expected[2] and ended.usage.cached_tokens == 0
+        let_go.set()
+        client.wait_for(lambda m: m.disk.late == 1, "what comes late is counted")
+        assert client.engine.session(SessionId("a")).num_tokens == 120 + 10 + 3 + 10
+
+
+def test_a_full_disk_costs_nothing_but_the_sessions_that_do_not_fit(engine, tmp_path, expected, monkeypatch):
+    def full(*_):
+        raise DiskFull("no room")
+
+    monkeypatch.setattr(DiskTier, "save", full)
+    with running(engine, disk=settings(tmp_path)) as client:
+        assert client.answer(PROMPT).token_ids == expected[1]
+        client.wait_for(lambda m: m.disk.full == 1, "a full disk is counted")
+        assert client.answer(second_turn(expected)).token_ids == expected[2]
+
+
+def test_the_least_recently_saved_sessions_make_room_under_the_quota(engine, tmp_path):
+    with running(engine, disk=settings(tmp_path, quota_bytes=400_000)) as client:
+        for seed, session in enumerate("abcdef"):
+            client.answer(random_ids(120, seed), session=session)
+            client.wait_for(lambda m, n=seed + 1: m.disk.saved_sessions >= n, "a session is never saved")
+        assert client.engine.memory().disk.full == 0
+        used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        assert used <= 400_000
+
+
+def test_two_engines_on_one_directory_never_use_one_session_at_once(engine, tmp_path, expected):
+    disk = settings(tmp_path, shared=True)
+    with running(engine, disk=disk) as one:
+        one.answer(PROMPT)
+        one.wait_until_saved()
+        with running(engine, disk=disk) as other:
+            ended = other.answer(second_turn(expected))
+            assert ended.token_ids == expected[2] and ended.usage.cached_tokens == 0
+            assert other.engine.memory().disk.leased_elsewhere >= 1
+        assert one.answer(second_turn(expected)).usage.cached_tokens == 120
+        one.wait_for(lambda m: m.disk.saved_sessions == 2, "and saves it again")
+    with running(engine, disk=disk) as third:
+        ended = third.answer([*second_turn(expected), *expected[2], 5])
+        assert ended.usage.cached_tokens == 133, "it was given up at the end"
+
+
+def test_a_dead_engines_sessions_can_be_had_when_its_lease_is_over(engine, tmp_path, expected):
+    disk = settings(tmp_path, shared=True, lease_s=0.4)
+    with running(engine, disk=disk) as dead:
+        dead.answer(PROMPT)
+        dead.wait_until_saved()
+        dead.engine._keeper._archive._is_stopping.set()  # it beats no more, and says nothing
+        time.sleep(0.6)
+        with running(engine, disk=disk) as heir:
+            ended = heir.answer(second_turn(expected))
+            assert ended.token_ids == expected[2] and ended.usage.cached_tokens == 120
+
+
+def test_a_released_session_is_gone_from_disk_too(engine, tmp_path):
+    with running(engine, disk=settings(tmp_path)) as client:
+        client.answer(PROMPT)
+        client.wait_until_saved()
+        client.engine.release(SessionId("a"))
+        assert client.engine.memory().disk.num_sessions == 0
+    with running(engine, disk=settings(tmp_path)) as client:
+        assert client.engine.memory().disk.num_sessions == 0
+        assert client.answer(PROMPT).usage.cached_tokens == 0
+
+
+def test_a_directory_that_cannot_be_used_is_a_clear_error_at_the_start(engine, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        engine(disk=settings(tmp_path / "file"))
