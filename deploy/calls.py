@@ -100,13 +100,19 @@ class ReplicaSignals:
     active_bytes: int
     warm_bytes: int
     shared_bytes: int
-    demand: tuple[tuple[int | None, int, int], ...]  # budget (None: all), bytes of active and of warm conversations
+    demand: tuple[
+        tuple[int | None, int, int], ...
+    ]  # budget (None: all), device bytes of active and of warm conversations
     num_running: int
     num_waiting: int
     max_running: int
     budget_ceiling_tokens: int | None
     budget_max_tokens: int
     budget_floor_tokens: int
+    compact_above_ratio: float = 1.0  # in force: the engine's own, or an autopilot's word
+    host_capacity_bytes: int = 0  # 0: there is no host tier
+    host_live_bytes: int = 0  # of turns in the batch, and shared ones
+    host_warm_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,7 @@ class BudgetOrder:
     autopilot: str
     ceiling_tokens: int | None  # None: no ceiling
     lease_s: float
+    compact_above_ratio: float | None = None  # None: as the engine has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +132,30 @@ class BudgetReply:
     obeyed: bool
     ceiling_tokens: int | None  # now in force
     holder: str  # autopilot whose word counts
+    compact_above_ratio: float | None = None  # ordered and in force; None: as the engine has it
 
 
 def engine_session_id(tenant: str, session_name: str) -> SessionId:
     """The engine's id of a session: tenants are apart, whatever characters their names hold."""
     return SessionId(f"{tenant.encode().hex()}/{session_name}")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionParts:
+    """What an engine's session id is made of."""
+
+    tenant: str
+    name: str
+
+
+def parts_of_session_id(session_id: SessionId) -> SessionParts | None:
+    """The inverse of `engine_session_id`; None for an id that it has not made."""
+    owner, slash, name = session_id.partition("/")
+    try:
+        tenant = bytes.fromhex(owner).decode()
+    except ValueError:
+        return None
+    return SessionParts(tenant, name) if slash else None
 
 
 def name_in_tenant(tenant: str, session_id: SessionId) -> str | None:

@@ -4,6 +4,7 @@
     any           session name  ->  time of last use, published as claims
 
 A claim is the key under which routers look for a conversation: that of the table, unless routers know less of a request than the replica.
+A conversation moves to another replica as a `ConversationRecord` (`deploy.handoff`).
 
 Bounded: the least recently used conversation is forgotten first, its client is then met as a new one and only computes again.
 """
@@ -15,10 +16,30 @@ from dataclasses import dataclass, field
 KEYS_PER_CONVERSATION = 8  # branches a client can come back to; as many as the engine keeps of a session
 
 
+_NEWER_BY_S = 1.0  # claims are whole seconds, and for a moment routers see those of both replicas
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationRecord:
+    """What one replica knows of a conversation, as it is handed to another."""
+
+    name: str
+    claim: str
+    home: str  # key by which routers place it where nobody claims it; empty: its session key
+    last_used_s: float  # unix time
+    continuations: tuple[tuple[str, str], ...]  # continuation key and its claim, oldest first
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The continuation keys alone."""
+        return tuple(key for key, _ in self.continuations)
+
+
 @dataclass(slots=True)
 class _Conversation:
     name: str
     claim: str  # for its session key
+    home: str
     last_used_s: float
     continuations: OrderedDict[str, str] = field(default_factory=OrderedDict)  # continuation key -> its claim
 
@@ -47,13 +68,36 @@ class Conversations:
         found = self._by_continuation.get(continuation or "")
         return None if found is None else self._by_session[found].name
 
-    def use(self, session_key: str, name: str, *, claim: str | None = None) -> None:
-        """Note a turn of a session; pushes out the least recently used one beyond the limit. `claim` None: the key itself."""
-        conversation = self._by_session.setdefault(session_key, _Conversation(name, claim or session_key, 0.0))
+    def use(self, session_key: str, name: str, *, claim: str | None = None, home: str = "") -> None:
+        """Note a turn of a session; pushes out the least recently used one beyond the limit.
+
+        `claim` None: the key itself. `home`: of this turn; a client may have changed what it is made of.
+        """
+        conversation = self._by_session.setdefault(session_key, _Conversation(name, claim or session_key, "", 0.0))
+        conversation.home = home or conversation.home
         conversation.last_used_s = self._clock()
-        self._by_session.move_to_end(session_key)
-        if len(self._by_session) > self._limit:
-            self.forget(next(iter(self._by_session)))
+        self._note_use(session_key)
+
+    def export(self, session_key: str) -> ConversationRecord | None:
+        """A session as it is now, or None; it stays here. Equal to an earlier one while no turn of it was accepted or has ended."""
+        found = self._by_session.get(session_key)
+        if found is None:
+            return None
+        return ConversationRecord(
+            found.name, found.claim, found.home, found.last_used_s, tuple(found.continuations.items())
+        )
+
+    def adopt(self, session_key: str, record: ConversationRecord) -> None:
+        """Hold a session that was held elsewhere, and claim it over whoever held it. What was said here counts as newer."""
+        known = self._by_session.get(session_key)
+        conversation = known or _Conversation(record.name, record.claim, record.home, 0.0)
+        conversation.last_used_s = max(conversation.last_used_s, record.last_used_s + _NEWER_BY_S)
+        self._by_session[session_key] = conversation
+        own = list(conversation.continuations.items())
+        for continuation, claim in (*record.continuations, *own):
+            if self._by_continuation.get(continuation, session_key) == session_key:  # else a newer session's here
+                self.learn(session_key, continuation, claim=claim)
+        self._note_use(session_key)
 
     def learn(self, session_key: str, continuation: str, *, claim: str | None = None) -> None:
         """An answer was given: its conversation comes back under `continuation`. Ignored for a session that was forgotten meanwhile."""
@@ -71,6 +115,11 @@ class Conversations:
         if len(conversation.continuations) > KEYS_PER_CONVERSATION:
             oldest, _ = conversation.continuations.popitem(last=False)
             del self._by_continuation[oldest]
+
+    def _note_use(self, session_key: str) -> None:
+        self._by_session.move_to_end(session_key)
+        if len(self._by_session) > self._limit:
+            self.forget(next(iter(self._by_session)))
 
     def forget(self, session_key: str) -> None:
         """Drop a session and every key of it; an unknown one is ignored."""

@@ -6,7 +6,7 @@ Hop 1 lives in `Ingress`, hop 3 in `EngineReplica`; `deploy.app` binds them toge
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -17,7 +17,8 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy.backend import BackendFactory, resolve_factory
 from deploy.calls import BudgetOrder, BudgetReply, Item, ReplicaSignals, ReplicaStatus, SessionView, TurnCall
-from deploy.fleet import RayFleet
+from deploy.fleet import RayFleet, RayPeers
+from deploy.handoff.records import Offer, Piece, Receipt, Standing
 from deploy.ingress import build_api
 from deploy.load import LoadMeter
 from deploy.metrics_page import IngressMetrics
@@ -54,10 +55,21 @@ class EngineReplica:
         except LoopServeError as error:
             raise RuntimeError(f"{START_FAILED} [{type(error).__name__}] {error.message} [end]") from error
         self._engine = backend.engine
-        self._replica = Replica(backend, settings, name=self._name, load=load, metrics=self._metrics.sink)
+        self._replica = Replica(
+            backend,
+            settings,
+            name=self._name,
+            load=load,
+            metrics=self._metrics.sink,
+            compact_above_ratio=config.compact_above_ratio,
+        )
         backend.engine.start()
         self._metrics.start()
-        self._refreshing = asyncio.get_running_loop().create_task(self._metrics.refresh_ray(backend.engine))
+        self._ask_timeout_s = settings.ask_timeout_s
+        loop = asyncio.get_running_loop()
+        self._chores = [loop.create_task(self._metrics.refresh_ray(backend.engine))]
+        if settings.handoff.rebalance_period_s > 0:
+            self._chores.append(loop.create_task(self._replica.rebalance_for_ever(self._peers())))
 
     async def chat(self, call: TurnCall) -> AsyncGenerator[Item, None]:
         """Hop 3 of a turn."""
@@ -93,6 +105,23 @@ class EngineReplica:
         """An autopilot's word."""
         return self._name, await self._replica.set_budget(order)
 
+    async def standing(self) -> tuple[str, Standing]:
+        """What a replica has to know that looks for new homes."""
+        return self._name, self._replica.standing()
+
+    async def take_offer(self, offer: Offer) -> tuple[str, Receipt]:
+        """Another replica has a session for this one."""
+        return self._name, await self._replica.arrivals.offer(offer)
+
+    async def take_piece(self, piece: Piece) -> tuple[str, Receipt]:
+        """A part of that session."""
+        return self._name, await self._replica.arrivals.piece(piece)
+
+    async def count_left(self, counts: Mapping[str, int]) -> tuple[str, None]:
+        """A replica that ends could not give these sessions away."""
+        self._replica.arrivals.count_left(counts)
+        return self._name, None
+
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every `routing_stats_period_s`; routers see the result."""
         return self._replica.routing_stats()
@@ -105,12 +134,23 @@ class EngineReplica:
         """Called by Serve when ongoing requests have ended or their time is over."""
         replica = getattr(self, "_replica", None)
         if replica is not None:
-            self._refreshing.cancel()
+            for chore in self._chores:
+                chore.cancel()
             self._metrics.stop()
+            with suppress(
+                Exception
+            ):  # Serve may not let a replica speak any more; its sessions are computed again then
+                await replica.drain(self._peers())
             with suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.to_thread(replica.close), timeout=5.0)
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close)
+
+    def _peers(self) -> RayPeers:
+        """A handle to one's own deployment, made where it is needed: it would bring every router's news to every replica."""
+        context = serve.get_replica_context()
+        own = serve.get_deployment_handle(context.deployment, app_name=context.app_name)
+        return RayPeers(RayFleet(own, ask_timeout_s=self._ask_timeout_s), own=self._name)
 
 
 @serve.ingress()

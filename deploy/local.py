@@ -45,7 +45,9 @@ SERVE_ENV: Mapping[str, str] = {
 }
 
 _POLL_S = 0.5
-_OBJECT_STORE_BYTES = 200 << 20  # nothing large travels through it
+_OBJECT_STORE_BYTES = (
+    200 << 20
+)  # the largest that travels through it is a piece of a session that is handed over: 8 MiB
 
 
 class Stage(StrEnum):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from deploy.answers import AnswerShape, AnswerWriter
+from deploy.autopilot.compact_setting import CompactSetting
 from deploy.autopilot.lease import BudgetLease
 from deploy.calls import (
     Accepted,
@@ -34,6 +35,10 @@ from deploy.calls import (
 )
 from deploy.conversations import Conversations
 from deploy.errors import error_answer
+from deploy.handoff.arrivals import Arrivals
+from deploy.handoff.departures import Departures, Peers
+from deploy.handoff.holdings import Doors, Holdings, Imported
+from deploy.handoff.records import Standing
 from deploy.load import LoadMeter
 from deploy.settings import DeploySettings
 from deploy.waits import Pace
@@ -42,12 +47,14 @@ from loopserve.dialogue import Message, SessionId
 from loopserve.errors import ConfigError, EngineUnavailable, LoopServeError, NotFound
 from loopserve.sessions import SessionInfo
 from loopserve.stats import MemoryStats
+from loopserve.transcripts import Transcript
 from monitoring.catalogue import AFFINITY_TURNS, REJECTIONS
 from monitoring.sinks import Fan, MetricSink
-from router.affinity import pack_claims
+from router.affinity import AffinitySettings, load_from_stats, pack_claims
 from router.identity import ConversationKey, continuation_key, generated_session_name, known_part, session_key
 
 _log = logging.getLogger(__name__)
+_DEAF_SLACK_S = 60.0  # behind HAProxy a replica that ends waits for up to 30 s before it looks at its turns
 _PIECES_BURST_S = 0.02  # a step ends for all turns of a batch at once
 
 
@@ -78,11 +85,20 @@ class EngineLike(Protocol):
     def release(self, session_id: SessionId) -> None:
         """Forget a session. Raises NotFound."""
 
+    def export_session(self, session_id: SessionId) -> bytes:
+        """The image of an idle session. Raises NotFound, Overloaded while a turn of it is there, EngineUnavailable."""
+
+    def import_session(self, data: bytes) -> Imported:
+        """Take a session over. Raises where its image is refused or has no room."""
+
     def memory(self) -> MemoryStats:
         """Queues, pool and demand, counted now."""
 
     def set_budget(self, tokens: int | None) -> None:
         """Set or lift the ceiling of the token selections. Raises ConfigError."""
+
+    def set_compact_above(self, ratio: float) -> None:
+        """Set from which share of the pool on admitted turns are compact. Raises ConfigError."""
 
 
 class ChatLike(Protocol):
@@ -93,6 +109,12 @@ class ChatLike(Protocol):
 
     def forget(self, session_id: SessionId) -> None:
         """Drop what is kept of a session."""
+
+    def export(self, session_id: SessionId) -> tuple[Transcript, ...]:
+        """The token history of a session."""
+
+    def adopt(self, session_id: SessionId, transcripts: Sequence[Transcript]) -> None:
+        """Take over a token history."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +136,10 @@ class Replica:
         name: str,
         load: LoadMeter,
         metrics: MetricSink | None = None,
+        compact_above_ratio: float = 1.0,
         unix_time: Callable[[], float] = time.time,
     ) -> None:
+        """`compact_above_ratio`: the engine's own setting, which counts where no autopilot says otherwise."""
         self._engine, self._chat = backend.engine, backend.chat
         self._settings = settings
         self._name = name
@@ -126,6 +150,29 @@ class Replica:
         self._open: dict[ConversationKey, set[object]] = {}  # turns whose session was not released while they ran
         self._unix_time = unix_time
         self._lease = BudgetLease(clock=time.monotonic)
+        self._compact = CompactSetting(
+            self._lease, self._engine.set_compact_above, own_ratio=compact_above_ratio, metrics=self._metrics
+        )
+        doors = Doors(wait_s=settings.handoff.move_timeout_s)
+        self._holdings = Holdings(
+            self._engine, self._chat, self._conversations, has_turns=lambda key: key in self._open, doors=doors
+        )
+        self.arrivals = Arrivals(
+            self._holdings,
+            settings.handoff,
+            accepts=lambda: self._accepts,
+            deaf_s=settings.stop_timeout_s + _DEAF_SLACK_S,
+            metrics=self._metrics,
+        )
+        self._departures = Departures(
+            self._holdings,
+            settings.handoff,
+            AffinitySettings(spill_turns=settings.spill_turns, move_cost_factor=settings.move_cost_factor),
+            name=name,
+            drain_s=settings.drain_s,
+            load=lambda: load_from_stats(self._load_stats()),
+            metrics=self._metrics,
+        )
         self._pace = _pace(settings)
         self._loaded_at = int(unix_time())
 
@@ -136,6 +183,8 @@ class Replica:
         however the turn ends.
         """
         received_unix_s = self._unix_time()
+        named_key = None if call.session_name is None else session_key(call.tenant, call.session_name)
+        await self._holdings.doors.passed(named_key, call.continuation)  # from here to the mark below nothing waits
         name = call.session_name or self._conversations.name_of(call.continuation) or _new_name(call)
         key = session_key(call.tenant, name)
         writer = AnswerWriter(_shape(call))
@@ -152,7 +201,8 @@ class Replica:
                         is_accepted = True
                         self._count_outcome(call, is_held=self._conversations.holds(key))
                         if turn_mark in self._open.get(key, ()):
-                            self._conversations.use(key, name, claim=session_key(call.claim_tenant, name))
+                            claim = session_key(call.claim_tenant, name)
+                            self._conversations.use(key, name, claim=claim, home=call.home)
                         yield Accepted(name, self._name, started.cached_tokens, received_unix_s, started.prompt_tokens)
                     item = self._written(events, writer, streams=call.request.stream and is_accepted)
                     if item is not None:
@@ -211,6 +261,8 @@ class Replica:
     async def release(self, tenant: str, name: str) -> bool:
         """Forget a session, its running turns included, and erase its KV; False where it is not here."""
         session_id, key = engine_session_id(tenant, name), session_key(tenant, name)
+        self.arrivals.released(key)
+        await self._holdings.doors.passed(key)
         self._open.pop(key, None)  # what its turns still have to say is not learned
         self._conversations.forget(key)
         self._chat.forget(session_id)
@@ -222,22 +274,42 @@ class Replica:
 
     def routing_stats(self) -> dict[str, Any]:
         """What routers know of this replica, about half a second later. Kept small: every router gets all of it."""
+        own = pack_claims(self._conversations.claims(self._settings.claims_max), limit=self._settings.claims_max)
+        return {"own": own, **self._load_stats()}
+
+    def standing(self) -> Standing:
+        """What a replica has to know that looks for new homes for its sessions."""
+        return Standing(load_from_stats(self._load_stats()), self.arrivals.all_released())
+
+    async def drain(self, peers: Peers) -> None:
+        """Give idle sessions to their next homes, because this replica ends. Takes no turns from now on; never raises."""
+        await self._departures.drain(peers)
+
+    async def rebalance_for_ever(self, peers: Peers) -> None:
+        """Give sessions back to their homes where this replica is overloaded; returns at once where that is not wanted."""
+        await self._departures.rebalance_for_ever(peers)
+
+    @property
+    def _accepts(self) -> bool:
+        return self._engine.is_alive() and not self._departures.is_draining
+
+    def _load_stats(self) -> dict[str, Any]:
         waiting = min(self._load.num_waiting, self._num_turns)  # the meter stands still while the engine is idle
         return {
-            "own": pack_claims(self._conversations.claims(self._settings.claims_max), limit=self._settings.claims_max),
             "running": self._num_turns - waiting,
             "waiting": waiting,
             "queue_s": round(self._load.queue_s, 2) if waiting else 0.0,
             "prefill_s_per_token": float(
                 f"{self._load.prefill_s_per_token:.2g}"
             ),  # two digits: a new value is a broadcast
-            "accepting": self._engine.is_alive(),
+            "accepting": self._accepts,
         }
 
     async def signals(self) -> ReplicaSignals:
         """What the autopilot needs to know, counted now."""
         memory = await asyncio.to_thread(self._engine.memory)
-        return _signals(memory, self._name, accepting=self._engine.is_alive(), unix_time=self._unix_time())
+        told = _signals(memory, self._name, accepting=self._engine.is_alive(), unix_time=self._unix_time())
+        return replace(told, compact_above_ratio=self._compact.ratio)
 
     async def set_budget(self, order: BudgetOrder) -> BudgetReply:
         """Obey an autopilot's order, or say whose word counts instead. A ceiling below the engine's floor is refused."""
@@ -245,6 +317,7 @@ class Replica:
         if reply.obeyed:
             try:
                 await asyncio.to_thread(self._engine.set_budget, reply.ceiling_tokens)
+                await self._compact.follow()
             except ConfigError as error:
                 _log.warning("an order of autopilot %s was refused: %s", order.autopilot, error.message)
                 return replace(reply, obeyed=False)
@@ -340,7 +413,7 @@ def _view(name: str, info: SessionInfo, replica: str) -> SessionView:
 
 
 def _signals(memory: MemoryStats, replica: str, *, accepting: bool, unix_time: float) -> ReplicaSignals:
-    blocks, block_bytes = memory.blocks, memory.block_bytes
+    blocks, host_blocks, block_bytes = memory.blocks, memory.host_blocks, memory.block_bytes
     return ReplicaSignals(
         replica=replica,
         unix_time=unix_time,
@@ -356,4 +429,7 @@ def _signals(memory: MemoryStats, replica: str, *, accepting: bool, unix_time: f
         budget_ceiling_tokens=memory.budget_ceiling_tokens,
         budget_max_tokens=memory.budget_max_tokens,
         budget_floor_tokens=memory.budget_floor_tokens,
+        host_capacity_bytes=host_blocks.total * block_bytes,
+        host_live_bytes=(host_blocks.active + host_blocks.shared) * block_bytes,
+        host_warm_bytes=host_blocks.warm * block_bytes,
     )

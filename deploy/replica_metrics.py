@@ -20,7 +20,7 @@ from monitoring.catalogue import CATALOGUE, Origin
 from monitoring.exposition import Families, PrometheusSink
 from monitoring.gpu import HardwareWatch
 from monitoring.ray_metrics import RaySink
-from monitoring.recorder import Recorder, record_memory
+from monitoring.recorder import MemoryRecorder, Recorder
 from monitoring.settings import MetricsSettings
 from monitoring.sinks import Fan, MetricSink
 from monitoring.vllm_names import vllm_families
@@ -43,6 +43,7 @@ class ReplicaMetrics:
             self._ray = RaySink(_ENGINE_METRICS, api=ray_api, origin=Origin.ENGINE, name=name)
         self.sink: MetricSink = self._page if self._ray is None else Fan((self._page, self._ray))
         self.recorder: StatsSink = Recorder(self.sink)
+        self._memory = MemoryRecorder(self.sink)
         self._hardware = HardwareWatch(self.sink, period_s=settings.gpu_period_s, visible=visible_gpus)
 
     def start(self) -> None:
@@ -77,4 +78,4 @@ class ReplicaMetrics:
     def _record_state(self, engine: EngineLike) -> None:
         self.sink.set(c.REPLICA_UP, float(engine.is_alive()))
         self.sink.set(c.BUILD_INFO, 1.0, version=version("loopserve"), model_name=engine.model_name)
-        record_memory(self.sink, engine.memory())
+        self._memory.record(engine.memory())

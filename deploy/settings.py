@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Self
 
 from deploy.autopilot.settings import AutopilotSettings
+from deploy.handoff.settings import HandoffSettings
 from loopserve.environment import read_environment, read_setting, record_from
 from loopserve.errors import ConfigError
 from monitoring.settings import MetricsSettings
@@ -55,6 +56,7 @@ class DeploySettings:
     autopilot: AutopilotSettings = field(default_factory=AutopilotSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     tracing: TracingSettings = field(default_factory=TracingSettings)
+    handoff: HandoffSettings = field(default_factory=HandoffSettings)
     spill_turns: int = 4  # see router.affinity.AffinitySettings
     move_cost_factor: float = 1.5
 
@@ -71,6 +73,11 @@ class DeploySettings:
         _check(self.body_bytes_max >= 1024, f"body_bytes_max is {self.body_bytes_max}; at least 1024 is needed")
         _check(self.torch_threads is None or self.torch_threads >= 1, "torch_threads must be at least 1")
         _check(self.gpus_per_replica is None or self.gpus_per_replica >= 0, "gpus_per_replica must not be negative")
+
+    @property
+    def drain_s(self) -> float:
+        """How long a replica that ends may give sessions away: turns that still run, and the engine's end, have the other half."""
+        return min(self.handoff.time_max_s, self.stop_timeout_s / 2)
 
     @property
     def num_doors(self) -> int:

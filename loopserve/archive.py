@@ -22,7 +22,7 @@ from loopserve.break_even import BreakEven
 from loopserve.config import DiskSettings
 from loopserve.dialogue import SessionId
 from loopserve.errors import LoopServeError
-from loopserve.kv.disk import DiskFull, DiskTier, LeasedElsewhere, TierError
+from loopserve.kv.disk import DiskFull, DiskTier, LeasedElsewhere, LeaseLost, TierError
 from loopserve.kv.image import ImageRefused, SessionImage
 from loopserve.stats import DiskCounts
 
@@ -214,7 +214,7 @@ class Archive:
                 self._counts = self._counts.with_refused(error.reason.value)
             self._remove(session_id, salt)
             return None
-        except LeasedElsewhere:
+        except (LeasedElsewhere, LeaseLost):
             self.count(leased_elsewhere=1)
             return None
         except TierError as error:
@@ -236,7 +236,7 @@ class Archive:
                 return
             try:
                 self._write(snapshot.image)
-            except LeasedElsewhere:  # as another engine has it; ours is not written
+            except (LeasedElsewhere, LeaseLost):  # as another engine has it; ours is not written
                 self.count(leased_elsewhere=1)
             snapshot.is_saved()
         except DiskFull as error:
@@ -251,7 +251,9 @@ class Archive:
         try:
             saved = self._disk.save(image)
         except DiskFull:
-            if not self._disk.make_room(num_bytes, keep=[(image.session_id, image.salt)]).is_enough:
+            if not self._disk.make_room(
+                num_bytes + _about_bytes(image), keep=[(image.session_id, image.salt)]
+            ).is_enough:
                 raise
             saved = self._disk.save(image)
         self._known[image.session_id, image.salt] = num_bytes
@@ -268,3 +270,9 @@ class Archive:
     def _postpone(self, why: str, error: Exception) -> None:
         _log.warning("a session is not saved, %s; next try in %.0f s: %s", why, _BACK_OFF_S, error)
         self._quiet_until_s = self._clock() + _BACK_OFF_S
+
+
+def _about_bytes(image: SessionImage) -> int:
+    """What a saved session takes beside its KV, at most: headers, checksums, and the histories in the manifest's text."""
+    num_ids = sum(len(branch.token_ids) for branch in image.branches)
+    return 4096 + 300 * image.num_blocks + 12 * num_ids

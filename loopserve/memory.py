@@ -14,6 +14,7 @@ from loopserve.room import Room
 from loopserve.scheduler import Scheduler
 from loopserve.sessions import Session, SessionTable
 from loopserve.stats import BudgetDemand, DiskCounts, MemoryStats
+from loopserve.turn import Turn
 
 
 def memory_stats(
@@ -32,7 +33,9 @@ def memory_stats(
     rungs: tuple[int | None, ...] = (*decode.budget_rungs, None)
 
     def active_bytes(budget_tokens: int | None) -> int:
-        return sum(room.device_blocks_at(turn, budget_tokens) for turn in turns) * block_bytes
+        held = {turn.turn_id: room.device_blocks_at(turn, budget_tokens) for turn in turns}
+        whole = [turn for turn in turns if held[turn.turn_id] == room.device_blocks_at(turn, None)]
+        return (sum(held.values()) - _shared_twice(whole)) * block_bytes
 
     def warm_bytes(budget_tokens: int | None) -> int:
         return _warm_blocks(warm, budget_tokens if room.has_host else None, decode) * block_bytes
@@ -65,6 +68,12 @@ def memory_stats(
 def _warm_len(session: Session) -> int:
     """Tokens of an idle session's longest branch that still have KV; 0 for an active one."""
     return 0 if session.is_active else session.kv_tokens
+
+
+def _shared_twice(turns: Iterable[Turn]) -> int:
+    """Blocks that turns which hold all of theirs share, counted for each but one of those that hold them."""
+    blocks = [block for turn in turns if turn.branch is not None for block in turn.branch.table.blocks]
+    return len(blocks) - len(set(blocks))
 
 
 def _warm_blocks(lengths: Iterable[int], budget_tokens: int | None, config: DecodeSparsity) -> int:

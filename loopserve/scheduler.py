@@ -150,9 +150,8 @@ class Scheduler:
 
     def _step(self, segments: Sequence[Segment]) -> StepPlan:
         self._step_index += 1
-        copies = (
-            self._cache.take_copies()
-        )  # whoever ordered them: a block that was given up may be written in this step
+        # Whoever ordered them: a block that was given up may be written in this step.
+        copies = self._cache.take_copies()
         plan = StepPlan(self._step_index, copies, tuple(segments), ended_turns=tuple(self._left_batch))
         self._left_batch.clear()
         return plan

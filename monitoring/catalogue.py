@@ -142,6 +142,11 @@ TURNS_RUNNING = _gauge("loopserve_turns_running", "Turns in the batch.", "Memory
 TURNS_WAITING = _gauge(
     "loopserve_turns_waiting", "Turns that wait for a place in the batch.", "MemoryStats.num_waiting_turns"
 )
+TURNS_COMPACT = _gauge(
+    "loopserve_turns_compact",
+    "Turns in the batch whose KV lies in host memory, and that decode from what they chose of it.",
+    "MemoryStats.num_compact_turns",
+)
 TURNS_MAX = _gauge("loopserve_turns_max", "Places in the batch.", "EngineConfig.max_running_turns")
 SESSION_TURNS = _histogram(
     "loopserve_session_turns", "How many turns the session of an ended turn has had.", "TurnStats.turn_number", _TURNS
@@ -169,40 +174,56 @@ STEP_TOKENS = _counter(
     "loopserve_step_tokens_total", "Rows computed by the model, by phase.", "StepStats.num_*_tokens", "phase"
 )
 
-# Memory: what lies in the pool, and what the present conversations would need.
+# Memory: what lies on which tier, what the present conversations would need of the device, and what gave way.
 KV_CAPACITY = _gauge("loopserve_kv_capacity_bytes", "Size of the device pool.", "MemoryStats.capacity_bytes")
 KV_BYTES = _gauge(
     "loopserve_kv_bytes",
-    "Bytes of the device pool by kind: active, warm, shared, cached (held by no session), free.",
-    "MemoryStats.blocks",
+    "Bytes of each tier's pool (device, host) by kind: active, warm, shared, cached (held by no session), free.",
+    "MemoryStats.blocks, host_blocks",
+    "tier",
     "kind",
+)
+KV_DEVICE_BYTES = _gauge(
+    "loopserve_kv_device_bytes",
+    "All that lies on the device beside the model for the sake of KV: the pool, sketches of every tier, maps, buffers.",
+    "MemoryStats.device_bytes",
 )
 KV_DEMAND = _gauge(
     "loopserve_kv_demand_bytes",
-    "Bytes of the working sets that the present conversations would need at a budget; 'full' is all of their tokens.",
+    "Device bytes that the present conversations would hold at a budget, compact where they may be; 'full' is all of their tokens.",
     "MemoryStats.demand",
     "state",
     "budget_tokens",
 )
 KV_WORKING_SET = _gauge(
     "loopserve_kv_working_set_bytes",
-    "Bytes of the working sets at the budget in force: the compressed cache.",
+    "The same at the budget in force for compact turns: the compressed cache.",
     "MemoryStats.demand",
     "state",
 )
 LOGICAL_TOKENS = _gauge(
     "loopserve_logical_tokens",
     "Tokens of the conversations, as their clients see them.",
-    "MemoryStats.logical_tokens",
+    "MemoryStats.active_tokens, warm_tokens",
     "state",
 )
 PHYSICAL_TOKENS = _gauge(
-    "loopserve_physical_tokens", "Token slots of the pool that sessions hold, shared ones once.", "MemoryStats.blocks"
+    "loopserve_physical_tokens",
+    "Token slots of each tier's pool that sessions hold, shared ones once.",
+    "MemoryStats.blocks, host_blocks",
+    "tier",
 )
 COMPRESSION = _gauge(
     "loopserve_compression_ratio",
-    "Tokens that a decode step reads at the budget in force over those of a dense one, active conversations; 1 is dense.",
-    "MemoryStats.demand",
+    "Computed tokens of the active conversations over the device slots that these hold; 1 where nothing is compressed.",
+    "MemoryStats.compression_ratio",
+)
+PRESSURE_STEPS = _counter(
+    "loopserve_pressure_steps_total",
+    "What gave way to a turn that found no room: reclaimed_prefix_blocks (counted in blocks), offloaded_session, dropped_session, "
+    "compacted_turn, lowered_budget. Preempted turns are counted by themselves.",
+    "MemoryStats.pressure",
+    "step",
 )
 SESSIONS = _gauge("loopserve_sessions", "Sessions by state.", "MemoryStats.num_*_sessions", "state")
 
@@ -211,6 +232,16 @@ BUDGET_IN_FORCE = _gauge(
     "loopserve_budget_tokens",
     "Tokens that a KV head may select now: the default under the ceiling.",
     "MemoryStats.budget_tokens",
+)
+COMPACT_BUDGET = _gauge(
+    "loopserve_compact_budget_tokens",
+    "The same for compact turns: the engine lowers it by itself while memory is short, never below the floor.",
+    "MemoryStats.compact_budget_tokens",
+)
+COMPACT_ABOVE = _gauge(
+    "loopserve_compact_above_ratio",
+    "From which share of the device pool on admitted turns are compact: the engine's own setting, or the autopilot's word.",
+    "Replica.set_budget",
 )
 BUDGET_CEILING = _gauge(
     "loopserve_budget_ceiling_tokens", "Ceiling that the autopilot has set; the largest rung if none.", "MemoryStats"
@@ -257,6 +288,23 @@ AFFINITY_TURNS = _counter(
     "Accepted turns by what the replica knew: first (nothing came before), hit (conversation held here), miss (it was not).",
     "Replica.chat",
     "outcome",
+)
+
+# Sessions that change hands, counted by a replica that lives on: the new holder, and for one that ends any other.
+HANDOFFS = _counter(
+    "loopserve_handoffs_total",
+    "Sessions that a replica had to give away, by result: moved, refused, failed, timed_out, busy, not_worth_it, over_limit.",
+    "deploy.handoff",
+    "result",
+)
+HANDOFF_BYTES = _counter(
+    "loopserve_handoff_bytes_total", "Bytes of the images of sessions that were taken over.", "deploy.handoff.arrivals"
+)
+HANDOFF_TIME = _histogram(
+    "loopserve_handoff_seconds",
+    "From the offer of a session to its place in the new engine, of sessions that were taken over.",
+    "deploy.handoff.arrivals",
+    _SECONDS,
 )
 
 BUILD_INFO = _gauge("loopserve_build_info", "Always 1; what runs here.", "ReplicaStatus", "version", "model_name")
@@ -349,7 +397,8 @@ AUTOPILOT_MODE = _gauge(
 )
 AUTOPILOT_PRESSURE = _gauge(
     "loopserve_autopilot_pressure_ratio",
-    "Signals of the last snapshot over capacity: compressed (working sets), pool (live blocks), queue (waiting over running places).",
+    "Signals of the last snapshot over capacity: compressed (working sets), whole (all tokens), pool (live blocks), "
+    "queue (waiting turns over places).",
     "autopilot",
     "signal",
     origin=Origin.AUTOPILOT,
@@ -366,9 +415,15 @@ AUTOPILOT_REPLICAS_MAX = _gauge(
 AUTOPILOT_BUDGET_WANTED = _gauge(
     "loopserve_autopilot_budget_wanted_tokens", "Budget ceiling decided last.", "autopilot", origin=Origin.AUTOPILOT
 )
+AUTOPILOT_COMPACT = _gauge(
+    "loopserve_autopilot_compact",
+    "1 while it wants admitted turns to be compact.",
+    "autopilot",
+    origin=Origin.AUTOPILOT,
+)
 AUTOPILOT_DECISIONS = _counter(
     "loopserve_autopilot_decisions_total",
-    "Decisions by action: tighten, relax, add, remove, keep, hold.",
+    "Decisions by action: tighten, relax, compact, resident, add, remove, keep, hold.",
     "autopilot",
     "action",
     origin=Origin.AUTOPILOT,

@@ -3,11 +3,21 @@
 What changes with each step or turn is counted as it happens; what is a state (memory, sessions) is set when somebody looks.
 """
 
+import threading
+
 from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import FinishReason, QualityReport
-from loopserve.stats import MemoryStats, StepStats, TurnStats
+from loopserve.stats import MemoryStats, PressureCounts, StepStats, TurnStats
 from monitoring import catalogue as c
 from monitoring.sinks import MetricSink
+
+_STEPS = {  # label -> field of PressureCounts, in the order in which they are tried
+    "reclaimed_prefix_blocks": "reclaimed_prefix_blocks",
+    "offloaded_session": "offloaded_sessions",
+    "dropped_session": "dropped_sessions",
+    "compacted_turn": "compacted_turns",
+    "lowered_budget": "lowered_budgets",
+}
 
 
 class Recorder:
@@ -23,6 +33,8 @@ class Recorder:
         sink.inc(c.REUSED_TOKENS, 0.0, source="device")
         for outcome in ("first", "hit", "miss"):
             sink.inc(c.AFFINITY_TURNS, 0.0, outcome=outcome)
+        for result in ("moved", "refused", "failed", "timed_out", "busy", "not_worth_it", "over_limit"):
+            sink.inc(c.HANDOFFS, 0.0, result=result)
 
     def on_step(self, stats: StepStats) -> None:
         """A step was computed."""
@@ -67,29 +79,70 @@ class Recorder:
         sink.inc(c.RECTIFIED_TOKENS, quality.rectified_tokens)
 
 
-def record_memory(sink: MetricSink, memory: MemoryStats) -> None:
-    """Set the gauges of the queues, the pool, the demand curve and the budget."""
-    blocks, block_bytes = memory.blocks, memory.block_bytes
+class MemoryRecorder:
+    """Sets the gauges of queues, tiers, demand curve and budgets whenever somebody looks, and counts what gave way since the last look.
+
+    Thread-safe: several may look at once, and the one with the older numbers may come last.
+    """
+
+    def __init__(self, sink: MetricSink) -> None:
+        self._sink = sink
+        self._lock = threading.Lock()
+        self._counted = dict.fromkeys(_STEPS, 0)  # the engine counts since its start, as the sink does
+        for step in _STEPS:
+            sink.inc(c.PRESSURE_STEPS, 0.0, step=step)
+
+    def record(self, memory: MemoryStats) -> None:
+        """All numbers of one moment."""
+        _record_turns(self._sink, memory)
+        _record_tiers(self._sink, memory)
+        _record_demand(self._sink, memory)
+        _record_budgets(self._sink, memory)
+        self._count(memory.pressure)
+
+    def _count(self, pressure: PressureCounts) -> None:
+        for step, name in _STEPS.items():
+            total = getattr(pressure, name)
+            with self._lock:
+                more = max(0, total - self._counted[step])
+                self._counted[step] += more
+            self._sink.inc(c.PRESSURE_STEPS, more, step=step)
+
+
+def _record_turns(sink: MetricSink, memory: MemoryStats) -> None:
     sink.set(c.TURNS_RUNNING, memory.num_running_turns)
+    sink.set(c.TURNS_COMPACT, memory.num_compact_turns)
     sink.set(c.TURNS_WAITING, memory.num_waiting_turns)
     sink.set(c.TURNS_MAX, memory.max_running_turns)
+    sink.set(c.SESSIONS, memory.num_active_sessions, state="active")
+    sink.set(c.SESSIONS, memory.num_warm_sessions, state="warm")
+
+
+def _record_tiers(sink: MetricSink, memory: MemoryStats) -> None:
     sink.set(c.KV_CAPACITY, memory.capacity_bytes)
-    for kind in ("active", "warm", "shared", "cached", "free"):
-        sink.set(c.KV_BYTES, getattr(blocks, kind) * block_bytes, kind=kind)
+    sink.set(c.KV_DEVICE_BYTES, memory.device_bytes)
+    for tier, blocks in (("device", memory.blocks), ("host", memory.host_blocks)):
+        for kind in ("active", "warm", "shared", "cached", "free"):
+            sink.set(c.KV_BYTES, getattr(blocks, kind) * memory.block_bytes, tier=tier, kind=kind)
+        sink.set(c.PHYSICAL_TOKENS, (blocks.active + blocks.warm + blocks.shared) * BLOCK_TOKENS, tier=tier)
+    sink.set(c.LOGICAL_TOKENS, memory.active_tokens, state="active")
+    sink.set(c.LOGICAL_TOKENS, memory.warm_tokens, state="warm")
+    sink.set(c.COMPRESSION, memory.compression_ratio)
+
+
+def _record_demand(sink: MetricSink, memory: MemoryStats) -> None:
     for point in memory.demand:
         budget = "full" if point.budget_tokens is None else str(point.budget_tokens)
         sink.set(c.KV_DEMAND, point.active_bytes, state="active", budget_tokens=budget)
         sink.set(c.KV_DEMAND, point.warm_bytes, state="warm", budget_tokens=budget)
-    now, dense = memory.demand_at(memory.budget_tokens), memory.demand_at(None)
+    now = memory.demand_at(memory.compact_budget_tokens)
     sink.set(c.KV_WORKING_SET, now.active_bytes, state="active")
     sink.set(c.KV_WORKING_SET, now.warm_bytes, state="warm")
-    sink.set(c.COMPRESSION, now.active_bytes / dense.active_bytes if dense.active_bytes else 1.0)
-    sink.set(c.LOGICAL_TOKENS, memory.active_tokens, state="active")
-    sink.set(c.LOGICAL_TOKENS, memory.warm_tokens, state="warm")
-    sink.set(c.PHYSICAL_TOKENS, (blocks.active + blocks.warm + blocks.shared) * BLOCK_TOKENS)
-    sink.set(c.SESSIONS, memory.num_active_sessions, state="active")
-    sink.set(c.SESSIONS, memory.num_warm_sessions, state="warm")
+
+
+def _record_budgets(sink: MetricSink, memory: MemoryStats) -> None:
     sink.set(c.BUDGET_IN_FORCE, memory.budget_tokens)
+    sink.set(c.COMPACT_BUDGET, memory.compact_budget_tokens)
     sink.set(c.BUDGET_CEILING, memory.budget_ceiling_tokens or memory.budget_max_tokens)
     sink.set(c.BUDGET_MAX, memory.budget_max_tokens)
     sink.set(c.BUDGET_FLOOR, memory.budget_floor_tokens)

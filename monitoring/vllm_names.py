@@ -77,7 +77,8 @@ def _memory_families(
     if c.KV_CAPACITY.name not in by_name or c.KV_BYTES.name not in by_name:
         return ()
     capacity = by_name[c.KV_CAPACITY.name].samples[0].value
-    bytes_by_kind = {sample.labels["kind"]: sample.value for sample in by_name[c.KV_BYTES.name].samples}
+    on_device = [sample for sample in by_name[c.KV_BYTES.name].samples if sample.labels["tier"] == "device"]
+    bytes_by_kind = {sample.labels["kind"]: sample.value for sample in on_device}
     used = bytes_by_kind.get("active", 0.0) + bytes_by_kind.get("shared", 0.0)
     usage = Family("vllm:kv_cache_usage_perc", "KV cache in use by running requests, 0 to 1.", "gauge")
     usage.add_sample(usage.name, dict(labels), used / capacity if capacity else 0.0)

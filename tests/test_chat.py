@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from loopserve.dialogue import (
     TurnUsage,
 )
 from loopserve.errors import EngineUnavailable, InvalidRequest
+from loopserve.transcripts import TRANSCRIPTS_PER_SESSION, Mark, Transcript
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -338,6 +340,63 @@ def test_sessions_do_not_see_each_other_and_can_be_forgotten():
     service.forget(SessionId("s"))
     service.forget(SessionId("never seen"))
     assert prompt_ids(engine, service, chat(*again)) == foreign
+
+
+def test_a_session_that_moves_keeps_its_own_tokens_in_its_new_place():
+    engine, other = FakeEngine(), FakeEngine()
+    service, new = ChatService(engine), ChatService(other)
+    generated = [*engine.letters("hello"), engine.eos]  # not as a tokenizer would write it
+    engine.script = [(generated, FinishReason.STOP)]
+    answer(service, chat(user("what")))
+    again = (user("what"), assistant("hello"), user("more"))
+    without = prompt_ids(other, new, chat(*again, session="not moved"))
+    new.adopt(SessionId("s"), service.export(SessionId("s")))
+    assert service.export(SessionId("s")) and new.export(SessionId("s")) == service.export(SessionId("s"))
+    moved = prompt_ids(other, new, chat(*again))
+    start = (*engine.requests[0].prompt_ids, *generated)
+    assert moved[: len(start)] == start != without[: len(start)]
+    assert service.export(SessionId("unknown")) == ()
+
+
+def test_what_was_said_since_a_move_began_counts_before_what_came_with_it():
+    engine, other = FakeEngine(), FakeEngine()
+    service, new = ChatService(engine), ChatService(other)
+    here = [*engine.ids("hello"), engine.eos]
+    assert here[:-1] != engine.letters("hello")
+    for one, said in ((engine, [*engine.letters("hello"), engine.eos]), (other, here)):
+        one.script = [(said, FinishReason.STOP)]
+        answer(service if one is engine else new, chat(user("what")))
+    own = new.export(SessionId("s"))
+    new.adopt(SessionId("s"), service.export(SessionId("s")))
+    assert new.export(SessionId("s"))[: len(own)] == own
+    new.adopt(SessionId("s"), service.export(SessionId("s")))
+    assert len(new.export(SessionId("s"))) == len(own) + 1, "twice the same is kept once"
+    again = prompt_ids(other, new, chat(user("what"), assistant("hello"), user("more")))
+    start = (*other.requests[0].prompt_ids, *here)
+    assert again[: len(start)] == start
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_not_adopted():
+    engine = FakeEngine()
+    service = ChatService(engine)
+    mark = Mark(1, 2, bytes(16))
+    service.adopt(SessionId("s"), [Transcript(array("I", [5, len(engine.tokenizer)]), (mark,))])
+    assert service.export(SessionId("s")) == ()
+    service.adopt(SessionId("s"), [Transcript(array("I", [5, len(engine.tokenizer) - 1]), (mark,))])
+    assert len(service.export(SessionId("s"))) == 1
+
+
+def test_adopted_histories_are_bounded_like_all_others():
+    service = ChatService(FakeEngine(), max_transcripts=2)
+    many = [Transcript(array("I", [n]), (Mark(n, 1, bytes(16)),)) for n in range(20)]
+    for name in "abc":
+        service.adopt(SessionId(name), many)
+    assert [len(service.export(SessionId(name))) for name in "abc"] == [
+        0,
+        TRANSCRIPTS_PER_SESSION,
+        TRANSCRIPTS_PER_SESSION,
+    ]
+    assert service.export(SessionId("c")) == tuple(many[:TRANSCRIPTS_PER_SESSION])
 
 
 def test_the_least_recently_used_session_is_forgotten_first():

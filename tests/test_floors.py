@@ -22,7 +22,8 @@ MAP = """\
 9 | deploy/ loopserve/__main__.py
 8 | loopserve/cli/
 7 | loopserve/evaluation/ loopserve/tuning/
-6 | loopserve/engine.py loopserve/handoff.py loopserve/keeper.py loopserve/archive.py loopserve/chat.py | loopserve/bench/* loopserve/chunks.py*
+6 | loopserve/engine.py loopserve/handoff.py loopserve/keeper.py loopserve/archive.py loopserve/chat.py \
+| loopserve/bench/* loopserve/chunks.py*
 5 | loopserve/runner.py | loopserve/memory.py*
 4 | loopserve/attention.py loopserve/layout.py loopserve/graphs.py loopserve/turn_table.py \
 loopserve/loading.py loopserve/sampler.py | loopserve/scheduler.py* loopserve/room.py* loopserve/orders.py* \

@@ -21,9 +21,9 @@ def _rate(name: str) -> str:
 
 
 QUERIES: Mapping[str, str] = {
-    "active": f'sum({c.KV_BYTES.name}{{kind="active"}}) / {_CAPACITY}',
-    "warm": f'sum({c.KV_BYTES.name}{{kind="warm"}}) / {_CAPACITY}',
-    "shared": f'sum({c.KV_BYTES.name}{{kind="shared"}}) / {_CAPACITY}',
+    "active": f'sum({c.KV_BYTES.name}{{tier="device",kind="active"}}) / {_CAPACITY}',
+    "warm": f'sum({c.KV_BYTES.name}{{tier="device",kind="warm"}}) / {_CAPACITY}',
+    "shared": f'sum({c.KV_BYTES.name}{{tier="device",kind="shared"}}) / {_CAPACITY}',
     "compressed": f'sum({c.KV_WORKING_SET.name}{{state="active"}}) / {_CAPACITY}',
     "full": f'sum({c.KV_DEMAND.name}{{state="active",budget_tokens="full"}}) / {_CAPACITY}',
     "waiting_ratio": f"sum({c.TURNS_WAITING.name}) / sum({c.TURNS_MAX.name})",

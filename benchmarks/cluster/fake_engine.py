@@ -80,14 +80,19 @@ class StepEngine:
             num_running_turns=len(self._streams),
             num_waiting_turns=0,
             max_running_turns=1024,
+            num_compact_turns=0,
             block_bytes=1,
+            device_bytes=1,
             blocks=Occupancy(total=1, active=0, warm=0, shared=0, cached=0, free=1),
+            host_blocks=Occupancy(total=0, active=0, warm=0, shared=0, cached=0, free=0),
             num_active_sessions=len(self._streams),
             num_warm_sessions=0,
             active_tokens=0,
             warm_tokens=0,
+            computed_tokens=0,
             demand=(BudgetDemand(None, 0, 0),),
             budget_tokens=1,
+            compact_budget_tokens=1,
             budget_ceiling_tokens=None,
             budget_max_tokens=1,
             budget_floor_tokens=1,
@@ -95,6 +100,9 @@ class StepEngine:
 
     def set_budget(self, tokens: int | None) -> None:
         """Nothing is selected here."""
+
+    def set_compact_above(self, ratio: float) -> None:
+        """Nothing is held here."""
 
     def _run(self) -> None:
         due_s = time.monotonic()

@@ -16,6 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deploy.backend import Backend
@@ -24,7 +25,7 @@ from loopserve.config import DecodeSparsity, EngineConfig
 from loopserve.dialogue import TokenId, TurnId
 from loopserve.engine import Engine
 from loopserve.loading import LoadedModel, shipped_model_dir
-from loopserve.plan import BlockId, SampledToken, Segment, StepPlan, StepResult
+from loopserve.plan import BlockCopy, BlockId, SampledToken, Segment, StepPlan, StepResult
 from loopserve.reads import num_kept_tokens
 from loopserve.runner import Finished
 from loopserve.stats import StatsSink
@@ -96,6 +97,8 @@ THIRTEEN_BILLION = Profile(
 class SleepingRunner:
     """A `Runner` that sleeps instead of computing. Engine thread only."""
 
+    device_bytes = 0
+
     def __init__(
         self,
         profile: Profile,
@@ -131,8 +134,19 @@ class SleepingRunner:
         """See `run`."""
         return Finished(self.run(plan))
 
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """There is nothing to copy."""
+
     def erase(self, blocks: Sequence[BlockId]) -> None:
         """There is nothing in them."""
+
+    def read(self, blocks: Sequence[BlockId]) -> tuple[Tensor, Tensor]:
+        """Raises NotImplementedError: there is nothing to hand over."""
+        raise NotImplementedError("a runner that only sleeps has no KV")
+
+    def write(self, blocks: Sequence[BlockId], keys: Tensor, values: Tensor) -> None:
+        """Raises NotImplementedError: there is nowhere to put it."""
+        raise NotImplementedError("a runner that only sleeps has no KV")
 
     def _num_read(self, segment: Segment) -> int:
         """Cached tokens that the segment's attention reads: a chunk reads what lies before it once."""

@@ -99,7 +99,7 @@ def _ordered(state: PilotState, wanted: int, reason: str, now_s: float) -> Step:
 
 def _added(load: FleetLoad, pressures: Pressures, state: PilotState, settings: AutopilotSettings, now_s: float) -> Step:
     """Up to what the load calls for."""
-    why, called_for = _called_for(load, pressures, state, settings)
+    why, called_for = _called_for(load, pressures, state, settings, now_s)
     wanted = min(called_for, state.replicas_wanted + settings.scale_up_step, settings.max_replicas)
     if called_for <= state.replicas_wanted:
         return Step(state)
@@ -115,18 +115,22 @@ def _added(load: FleetLoad, pressures: Pressures, state: PilotState, settings: A
 
 
 def _called_for(
-    load: FleetLoad, pressures: Pressures, state: PilotState, settings: AutopilotSettings
+    load: FleetLoad, pressures: Pressures, state: PilotState, settings: AutopilotSettings, now_s: float
 ) -> tuple[str, int]:
     """Why more is needed, and how many replicas would do, given those that are ready; ("", 0) where they are enough.
 
-    While a ceiling is in force, more is needed from `low_ratio` on: between low and high the budget would never come back.
+    While a ceiling is in force, more is needed from `low_ratio` on: between low and high the budget would never come back. Pools full of
+    resident turns need no more while compact ones would fit: these come first, and only what they leave full is a need.
     """
     num_ready = len(load.replicas)
     limit = settings.high_ratio if state.ceiling_tokens is None else settings.low_ratio
     needs = [
-        (f"at the full budget working sets are {pressures.full_ratio:.0%} of the pools", pressures.full_ratio, limit),
-        (f"live bytes are {pressures.pool_ratio:.0%} of the pools", pressures.pool_ratio, limit),
+        (f"at the full budget working sets are {pressures.full_ratio:.0%} of the pools", pressures.full_ratio, limit)
     ]
+    compact_s = now_s - state.compacted_at_s
+    if state.compact_above_ratio is not None and compact_s >= settings.scale_up_cooldown_s:
+        why = f"live bytes are {pressures.pool_ratio:.0%} of the pools, {compact_s:.0f} s after turns went compact"
+        needs.append((why, pressures.pool_ratio, limit))
     found = [(why, math.ceil(num_ready * ratio / settings.target_ratio)) for why, ratio, most in needs if ratio > most]
     if pressures.queue_ratio > settings.queue_high_ratio:
         num_turns = load.num_running + load.num_waiting
@@ -163,7 +167,7 @@ def _unless_warm(
 ) -> Step:
     """A removal, put off while idle conversations have no room elsewhere, until patience is over. Which replica goes is Serve's choice,
     so all of them count."""
-    room_bytes = load.capacity_bytes * wanted // len(load.replicas) - load.live_bytes
+    room_bytes = load.warm_room_bytes(wanted)
     vetoed_since_s = _since(state.vetoed_since_s, load.warm_bytes > room_bytes, now_s)
     why = "nothing arrives" if wanted == 0 else f"{wanted} would hold the load"
     if vetoed_since_s is not None and now_s - vetoed_since_s < settings.warm_patience_s:

@@ -58,6 +58,7 @@ class Teller:
         if settings.mode == PilotMode.OFF:
             self._last = None
             self._sink.set(c.AUTOPILOT_HOLDING, 0.0)
+            self._sink.set(c.AUTOPILOT_COMPACT, 0.0)
 
     def failed(self, what: str, detail: str) -> None:
         """Something did not work. Counted every time, said when it begins."""
@@ -108,7 +109,8 @@ class Teller:
         """Whether there is something to tell: an act, once; a hold when it begins, but one that comes and goes not every time."""
         decision = done.decision
         is_act = bool(set(decision.actions) - _QUIET)
-        act = (decision.actions, decision.state.ceiling_tokens, decision.state.replicas_wanted)
+        state = decision.state
+        act = (decision.actions, state.ceiling_tokens, state.compact_above_ratio, state.replicas_wanted)
         is_new_act = is_act and act != self._said_act
         self._said_act = act if is_act else self._said_act
         cause = decision.cause
@@ -128,6 +130,7 @@ class Teller:
         if decision.cause is not None:
             sink.inc(c.AUTOPILOT_HOLDS, cause=str(decision.cause))
         sink.set(c.AUTOPILOT_REPLICAS_WANTED, decision.state.replicas_wanted)
+        sink.set(c.AUTOPILOT_COMPACT, float(decision.state.compact_above_ratio is not None))
         if done.snapshot is not None:
             sink.set(c.AUTOPILOT_SNAPSHOT_AGE, done.snapshot.age_s)
             sink.set(c.AUTOPILOT_REPLICAS_READY, len(done.snapshot.replicas))
@@ -136,6 +139,7 @@ class Teller:
             sink.set(c.AUTOPILOT_BUDGET_WANTED, budget_tokens)
         if decision.pressures is not None:
             sink.set(c.AUTOPILOT_PRESSURE, decision.pressures.compressed_ratio, signal="compressed")
+            sink.set(c.AUTOPILOT_PRESSURE, decision.pressures.whole_ratio, signal="whole")
             sink.set(c.AUTOPILOT_PRESSURE, decision.pressures.pool_ratio, signal="pool")
             sink.set(c.AUTOPILOT_PRESSURE, decision.pressures.queue_ratio, signal="queue")
 
@@ -149,7 +153,7 @@ def _line(done: Round, *, hold_ended: bool) -> str:
     numbers = ""
     if pressures is not None:
         numbers = (
-            f" [working sets {pressures.compressed_ratio:.0%}, live {pressures.pool_ratio:.0%}, "
+            f" [working sets {pressures.compressed_ratio:.0%} of {pressures.whole_ratio:.0%} in full, live {pressures.pool_ratio:.0%}, "
             f"waiting {pressures.queue_ratio:.0%} of places]"
         )
     return f"{'holds no more; ' if hold_ended else ''}{actions}: {decision.reason}{numbers}"
@@ -171,13 +175,19 @@ def _holding(last: Round | None) -> dict[str, str] | None:
 
 def _wanted(last: Round) -> dict[str, Any]:
     state = last.decision.state
-    return {"budget_ceiling_tokens": state.ceiling_tokens, "replicas": state.replicas_wanted}
+    return {
+        "budget_ceiling_tokens": state.ceiling_tokens,
+        "compact_above_ratio": state.compact_above_ratio,  # null: as each engine has it
+        "replicas": state.replicas_wanted,
+    }
 
 
 def _actual(last: Round) -> dict[str, Any]:
-    ceilings = [] if last.snapshot is None else [replica.budget_ceiling_tokens for replica in last.snapshot.replicas]
+    replicas = () if last.snapshot is None else last.snapshot.replicas
+    ceilings = {replica.budget_ceiling_tokens for replica in replicas}
     return {
-        "budget_ceiling_tokens": sorted({ceiling for ceiling in ceilings if ceiling is not None}),
+        "budget_ceiling_tokens": sorted(ceiling for ceiling in ceilings if ceiling is not None),
+        "compact_above_ratio": sorted({replica.compact_above_ratio for replica in replicas}),
         "replicas": None if last.counts is None else asdict(last.counts),
     }
 

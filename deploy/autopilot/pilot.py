@@ -215,24 +215,29 @@ class Pilot:
         if settings.mode == PilotMode.DRY_RUN and view.snapshot is not None:  # nothing was done: go on from what is so
             actual = take_over(view.snapshot, self._clock())
             self._state = replace(
-                decision.state, ceiling_tokens=actual.ceiling_tokens, replicas_wanted=actual.replicas_wanted
+                decision.state,
+                ceiling_tokens=actual.ceiling_tokens,
+                compact_above_ratio=actual.compact_above_ratio,
+                replicas_wanted=actual.replicas_wanted,
             )
 
     # ---- act ----
 
     async def _act(self, decision: Decision, view: _View, scaler: Scaler, settings: AutopilotSettings) -> Decision:
         """Order the budget; then, where no other autopilot is heard, the replicas."""
-        other = await self._order(decision.state.ceiling_tokens, settings)
+        other = await self._order(decision.state.ceiling_tokens, decision.state.compact_above_ratio, settings)
         if other:
             untrusted = Untrusted(Cause.OTHER, f"the replicas obey autopilot {other}, this one is {self._name}")
             state = decision.state if view.snapshot is None else take_over(view.snapshot, self._clock())
             return replace(hold(untrusted, None, state, settings, self._clock()), load=decision.load)
         return replace(decision, state=await self._scale(decision.state, view.counts, scaler))
 
-    async def _order(self, ceiling_tokens: int | None, settings: AutopilotSettings) -> str:
+    async def _order(
+        self, ceiling_tokens: int | None, compact_above_ratio: float | None, settings: AutopilotSettings
+    ) -> str:
         """Renew the order at all replicas. The id of the autopilot that is heard instead; empty: this one."""
         self._has_ordered = True
-        order = BudgetOrder(self._name, ceiling_tokens, settings.lease_s)
+        order = BudgetOrder(self._name, ceiling_tokens, settings.lease_s, compact_above_ratio)
         try:
             replies = await self._engines.ask("set_budget", order)
         except Exception as error:  # Ray's errors have no common root
@@ -265,7 +270,7 @@ class Pilot:
 
     async def _release(self, settings: AutopilotSettings) -> None:
         """Switched off: no ceiling of ours stays behind."""
-        other = await self._order(None, settings)
+        other = await self._order(None, None, settings)
         self._has_ordered = False
         self._log.info(
             "autopilot %s: mode is %s, the budget's ceiling is %s", self._name, settings.mode, other or "lifted"

@@ -12,6 +12,8 @@ class Action(StrEnum):
 
     TIGHTEN = "tighten"
     RELAX = "relax"
+    COMPACT = "compact"  # admitted turns, from now on
+    RESIDENT = "resident"  # no longer so
     ADD = "add"
     REMOVE = "remove"
     KEEP = "keep"
@@ -24,14 +26,17 @@ class PilotState:
 
     ceiling_tokens: int | None  # None: no ceiling
     replicas_wanted: int
+    compact_above_ratio: float | None = None  # None: as each engine has it
     is_acknowledged: bool = True  # Serve has taken `replicas_wanted`
     tightened_at_s: float = -math.inf
     relaxed_at_s: float = -math.inf
     num_regrets: int = 0  # relaxations that were soon taken back; each doubles the hold before the next
+    compacted_at_s: float = -math.inf
     added_at_s: float = -math.inf
     removed_at_s: float = -math.inf
     added_for: int = 0  # replicas that the load called for when some were added last
     calm_since_s: float | None = None  # all pressures below low
+    roomy_since_s: float | None = None  # all turns could be resident
     spare_since_s: float | None = None  # a replica could go
     idle_since_s: float | None = None  # nothing runs, waits or arrives
     vetoed_since_s: float | None = None  # idle conversations have put a removal off
@@ -40,11 +45,12 @@ class PilotState:
 
 @dataclass(frozen=True, slots=True)
 class Pressures:
-    """The three signals, over the capacity of the replicas that are ready."""
+    """The signals, over the capacity of the replicas that are ready."""
 
-    compressed_ratio: float  # working sets of active conversations, at the budget in force
+    compressed_ratio: float  # what active conversations would hold at the budget in force, compact where they may be
     full_ratio: float  # the same without a ceiling
-    pool_ratio: float  # live bytes
+    whole_ratio: float  # all of their tokens
+    pool_ratio: float  # live bytes, as they are
     queue_ratio: float  # waiting turns over places
 
 

@@ -30,9 +30,13 @@ class AutopilotSettings:
     min_replicas: int = 1  # 0: to zero when idle, woken by the first request
     max_replicas: int = 1
 
-    high_ratio: float = 0.85  # of working sets, or of live bytes: above, the budget tightens and replicas are added
-    low_ratio: float = 0.70  # below, for relax_hold_s, the budget comes back by one rung
-    target_ratio: float = 0.65  # what a new budget or replica count is chosen for
+    high_ratio: float = 0.85  # of working sets: above, the budget tightens and replicas are added
+    low_ratio: float = (
+        0.70  # below, for relax_hold_s, the budget comes back by one rung; of all tokens: above, turns go compact
+    )
+    target_ratio: float = (
+        0.65  # what a new budget or replica count is chosen for; of all tokens: below, turns are resident again
+    )
     queue_high_ratio: float = 0.25  # waiting turns over places in the batch
     queue_low_ratio: float = 0.05
 

@@ -21,6 +21,7 @@ _TURN_POOLS_MAX = (
     16  # one turn's working sets in pools: branches fill one at most; what is further off is no measurement
 )
 _MISSING_SHARE = 4  # one in so many replicas may be missing
+_FREED_MIN_RATIO = 0.01  # of the pools: what frees less is not done for the sake of bytes
 
 
 class Cause(StrEnum):
@@ -98,8 +99,14 @@ class FleetLoad:
 
     @property
     def warm_bytes(self) -> int:
-        """Blocks of idle conversations."""
-        return sum(replica.warm_bytes for replica in self.replicas)
+        """Blocks of idle conversations, on the device and in host memory."""
+        return sum(replica.warm_bytes + replica.host_warm_bytes for replica in self.replicas)
+
+    def warm_room_bytes(self, num_replicas: int) -> int:
+        """What so many replicas would have left for idle conversations, on both tiers; negative where they are too few for the rest."""
+        capacity = sum(replica.capacity_bytes + replica.host_capacity_bytes for replica in self.replicas)
+        live = self.live_bytes + sum(replica.host_live_bytes for replica in self.replicas)
+        return capacity * num_replicas // len(self.replicas) - live
 
     @property
     def num_running(self) -> int:
@@ -124,8 +131,13 @@ class FleetLoad:
         return tuple(sorted({lowest, highest} | {budget for budget in of_curves if lowest <= budget <= highest}))
 
     def demand_bytes(self, budget_tokens: int | None) -> int:
-        """Working sets of active conversations at a budget; None: all of their tokens."""
+        """What active conversations would hold on the devices at a budget, compact where they may be; None: all of their tokens."""
         return sum(_demand_at(replica, budget_tokens) for replica in self.replicas)
+
+    def frees(self, budget_tokens: int | None, lower_tokens: int) -> bool:
+        """Whether a lower budget takes less, by enough to be worth it. Not where turns cannot be compact: there the curve is flat."""
+        freed_bytes = self.demand_bytes(budget_tokens) - self.demand_bytes(lower_tokens)
+        return freed_bytes >= _FREED_MIN_RATIO * self.capacity_bytes
 
 
 def trusted(
@@ -177,14 +189,17 @@ def _fault(signals: ReplicaSignals, settings: AutopilotSettings, unix_time: floa
 def _nonsense(signals: ReplicaSignals) -> str:
     """What is impossible in one replica's signals; empty: nothing."""
     sizes = (signals.capacity_bytes, signals.active_bytes, signals.warm_bytes, signals.shared_bytes)
+    host_sizes = (signals.host_capacity_bytes, signals.host_live_bytes, signals.host_warm_bytes)
     counts = (signals.num_running, signals.num_waiting, signals.max_running)
     budgets = (signals.budget_max_tokens, signals.budget_floor_tokens)
-    if not _are_numbers(*sizes, *counts, *budgets, signals.unix_time):
+    if not _are_numbers(*sizes, *host_sizes, *counts, *budgets, signals.compact_above_ratio, signals.unix_time):
         return "a number is missing, negative or not finite"
     if signals.capacity_bytes == 0 or signals.max_running == 0:
         return "its pool or its batch has no size"
     if signals.active_bytes + signals.warm_bytes + signals.shared_bytes > signals.capacity_bytes:
         return "more bytes are in use than its pool has"
+    if signals.host_live_bytes + signals.host_warm_bytes > signals.host_capacity_bytes:
+        return "more bytes are in use than its host tier has"
     if not 1 <= signals.budget_floor_tokens <= signals.budget_max_tokens:
         return "its budget's floor is above its budget, or is 0"
     ceiling = signals.budget_ceiling_tokens

@@ -34,8 +34,8 @@ _PLAIN = {
     c.BUDGET_MAX.name: "budget_max_tokens",
     c.REPLICA_UP.name: "up",
 }
-_KINDS = ("active", "warm", "shared")
-_NAMES = (*_PLAIN, c.KV_BYTES.name, c.KV_DEMAND.name)
+_KINDS = {"device": ("active", "warm", "shared"), "host": ("active", "warm", "shared", "cached", "free")}  # by tier
+_NAMES = (*_PLAIN, c.KV_BYTES.name, c.KV_DEMAND.name, c.COMPACT_ABOVE.name)
 
 
 class SignalSource(Protocol):
@@ -200,28 +200,34 @@ def _samples(body: bytes, prefix: str) -> list[Sample]:
 def _signals(replica: str, samples: list[Sample]) -> ReplicaSignals:
     """One replica's page as its record. Raises Untrusted where a series is missing or is no number."""
     plain: dict[str, int] = {}
-    kinds: dict[str, int] = {}
+    kinds: dict[tuple[str, str], int] = {}
     curve: dict[str, dict[str, int]] = {}
+    compact_above_ratio: float | None = None
     for sample in samples:
         value = _whole(sample)
         if sample.name in _PLAIN:
             plain[_PLAIN[sample.name]] = value
         elif sample.name == c.KV_BYTES.name:
-            kinds[sample.labels.get("kind", "")] = value
+            kinds[sample.labels.get("tier", ""), sample.labels.get("kind", "")] = value
+        elif sample.name == c.COMPACT_ABOVE.name:
+            compact_above_ratio = sample.value
         elif sample.name == c.KV_DEMAND.name:
             curve.setdefault(sample.labels.get("budget_tokens", ""), {})[sample.labels.get("state", "")] = value
-    missing = sorted({*_PLAIN.values()} - plain.keys()) + sorted({*_KINDS} - kinds.keys())
+    wanted_kinds = {(tier, kind) for tier, names in _KINDS.items() for kind in names}
+    missing = sorted({*_PLAIN.values()} - plain.keys()) + sorted(map(" ".join, wanted_kinds - kinds.keys()))
     if missing or not curve:
         raise Untrusted(Cause.MISSING, f"no series for {', '.join(missing) or 'the demand curve'}")
+    if compact_above_ratio is None:
+        raise Untrusted(Cause.MISSING, "no series that says when turns go compact")
     ceiling = plain["ceiling"]
     return ReplicaSignals(
         replica=replica,
         unix_time=samples[0].unix_time,
         accepting=plain["up"] == 1,
         capacity_bytes=plain["capacity_bytes"],
-        active_bytes=kinds["active"],
-        warm_bytes=kinds["warm"],
-        shared_bytes=kinds["shared"],
+        active_bytes=kinds["device", "active"],
+        warm_bytes=kinds["device", "warm"],
+        shared_bytes=kinds["device", "shared"],
         demand=_demand(curve),
         num_running=plain["num_running"],
         num_waiting=plain["num_waiting"],
@@ -229,6 +235,10 @@ def _signals(replica: str, samples: list[Sample]) -> ReplicaSignals:
         budget_ceiling_tokens=None if ceiling >= plain["budget_max_tokens"] else ceiling,
         budget_max_tokens=plain["budget_max_tokens"],
         budget_floor_tokens=plain["budget_floor_tokens"],
+        compact_above_ratio=compact_above_ratio,
+        host_capacity_bytes=sum(kinds["host", kind] for kind in _KINDS["host"]),
+        host_live_bytes=kinds["host", "active"] + kinds["host", "shared"],
+        host_warm_bytes=kinds["host", "warm"],
     )
 
 

@@ -57,7 +57,7 @@ class ReplicaNow:
 
     name: str
     is_up: bool
-    kv_bytes: Mapping[str, float]
+    kv_bytes: Mapping[str, float]  # of the device, by kind
     capacity_bytes: float
     budget_tokens: float | None
     ceiling_tokens: float | None
@@ -105,7 +105,7 @@ def _replica(name: str, samples: Sequence[SampleLike]) -> ReplicaNow:
     return ReplicaNow(
         name=name,
         is_up=_largest(samples, REPLICA_UP) != 0.0,
-        kv_bytes={s.labels.get("kind", ""): s.value for s in samples if s.name == KV_BYTES.name},
+        kv_bytes={s.labels.get("kind", ""): s.value for s in samples if s.name == KV_BYTES.name and _is_on_device(s)},
         capacity_bytes=_largest(samples, KV_CAPACITY) or 0.0,
         budget_tokens=_largest(samples, BUDGET_IN_FORCE),
         ceiling_tokens=_largest(samples, BUDGET_CEILING),
@@ -114,6 +114,10 @@ def _replica(name: str, samples: Sequence[SampleLike]) -> ReplicaNow:
         num_waiting=_largest(samples, TURNS_WAITING) or 0.0,
         sessions={s.labels.get("state", ""): s.value for s in samples if s.name == SESSIONS.name},
     )
+
+
+def _is_on_device(sample: SampleLike) -> bool:
+    return sample.labels.get("tier", "device") == "device"  # what was recorded without a tier was the device's
 
 
 def _largest(samples: Iterable[SampleLike], metric: Metric) -> float | None:

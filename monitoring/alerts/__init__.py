@@ -1,6 +1,6 @@
 """The alert rules, made into `loopserve.rules.yaml` by `python -m monitoring.alerts`, which is committed beside them with its tests.
 
-Hand-offs between replicas are not watched: the engine makes none yet, so there is nothing to count.
+Hand-offs between replicas are not watched: one that fails costs its session a computation, and nobody an answer.
 """
 
 from pathlib import Path

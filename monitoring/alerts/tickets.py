@@ -11,6 +11,7 @@ from monitoring.catalogue import (
     BUDGET_FLOOR,
     BUDGET_IN_FORCE,
     BUDGET_MAX,
+    COMPACT_BUDGET,
     DENSE_FALLBACKS,
     GPU_XID,
     KEYS_RELOAD_FAILED,
@@ -58,13 +59,25 @@ _PRESSURE = Group(
             "LoopServePoolFull",
             Severity.TICKET,
             ratio(
-                _NOW.now(KV_BYTES, by=("replica",), kind="active|shared"),
+                _NOW.now(KV_BYTES, by=("replica",), tier="device", kind="active|shared"),
                 _NOW.now(KV_CAPACITY, by=("replica",)),
             )
             + " > 0.9",
             "10m",
             "The KV pool of replica {{ $labels.replica }} is full of what is in use.",
             "Running turns and shared prefixes hold over 90 % of the pool. Idle sessions are not counted: they give way.",
+        ),
+        Rule(
+            "LoopServeHostTierFull",
+            Severity.TICKET,
+            ratio(
+                _NOW.now(KV_BYTES, by=("replica",), tier="host", kind="active|shared"),
+                _NOW.now(KV_BYTES, by=("replica",), tier="host"),
+            )
+            + " > 0.9",
+            "10m",
+            "The host tier of replica {{ $labels.replica }} is full of what is in use.",
+            "Compact turns and shared prefixes hold over 90 % of it: no more turns can be compact, and idle sessions are dropped.",
         ),
         Rule(
             "LoopServeBudgetAtFloor",
@@ -74,6 +87,15 @@ _PRESSURE = Group(
             "30m",
             "The compression budget has been at its floor for half an hour.",
             "The budget has no room left; only replicas or less load relieve it, and answers are at the lowest quality allowed.",
+        ),
+        Rule(
+            "LoopServeCompactBudgetAtFloor",
+            Severity.TICKET,
+            f"{_NOW.now(COMPACT_BUDGET, by=('replica',))} <= {_NOW.now(BUDGET_FLOOR, by=('replica',))}\n"
+            f"and\n{_NOW.now(COMPACT_BUDGET, by=('replica',))} < {_NOW.now(BUDGET_IN_FORCE, by=('replica',))}",
+            "15m",
+            "Replica {{ $labels.replica }} has lowered the budget of compact turns to its floor by itself.",
+            "Turns found no room or waited long for it, so the engine went below what the autopilot allows, as far down as it may.",
         ),
         Rule(
             "LoopServeAtMostReplicas",

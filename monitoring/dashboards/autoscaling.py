@@ -2,6 +2,7 @@
 
 from monitoring.catalogue import (
     AUTOPILOT_BUDGET_WANTED,
+    AUTOPILOT_COMPACT,
     AUTOPILOT_DECISIONS,
     AUTOPILOT_FAILURES,
     AUTOPILOT_HOLDING,
@@ -80,10 +81,12 @@ _STEERING = Row(
     (
         lines(
             "Both actuators",
-            "Under pressure the budget goes down within seconds and replicas are added within minutes; as they come, it recovers.",
+            "Under pressure turns go compact, the budget goes down within seconds, and replicas are added within minutes; as they come, "
+            "it recovers.",
             COUNT,
             Query(HERE.now(AUTOPILOT_REPLICAS_WANTED, fold="max"), "replicas wanted"),
             Query(HERE.now(REPLICA_UP), "replicas ready"),
+            Query(HERE.now(AUTOPILOT_COMPACT, fold="max"), "turns go compact (1: yes)"),
             Query(HERE.now(AUTOPILOT_BUDGET_WANTED, fold="max"), "budget ceiling (right)", right_unit=COUNT),
             Query(HERE.now(BUDGET_IN_FORCE, fold="min"), "budget in force (right)", right_unit=COUNT),
             width=12,
@@ -91,7 +94,7 @@ _STEERING = Row(
         ),
         lines(
             "Signals",
-            "Over capacity: compressed (working sets), pool (blocks in use), queue (waiting over running places).",
+            "Over capacity: compressed (working sets), whole (all tokens), pool (blocks in use), queue (waiting over running places).",
             SHARE,
             Query(HERE.now(AUTOPILOT_PRESSURE, by=("signal",), fold="max"), "{{signal}}"),
             width=12,
@@ -107,7 +110,7 @@ _STEERING = Row(
         ),
         lines(
             "Decisions",
-            "Rounds by what was decided: tighten or relax the budget, add or remove replicas, keep, hold.",
+            "Rounds by what was decided: tighten or relax the budget, turns compact or resident, add or remove replicas, keep, hold.",
             PER_SECOND,
             Query(HERE.rate(AUTOPILOT_DECISIONS, by=("action",)), "{{action}}"),
             stacked=True,

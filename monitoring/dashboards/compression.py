@@ -1,10 +1,13 @@
-"""What the compressed cache holds, what it would need at other budgets, and what sparsity left out."""
+"""What the compressed cache holds on which tier, what gives way when memory is short, what other budgets would need, and what sparsity
+left out."""
 
 from monitoring.catalogue import (
     BUDGET_CEILING,
     BUDGET_FLOOR,
     BUDGET_IN_FORCE,
     BUDGET_MAX,
+    COMPACT_ABOVE,
+    COMPACT_BUDGET,
     COMPRESSION,
     COVERAGE,
     COVERAGE_WORST,
@@ -13,11 +16,16 @@ from monitoring.catalogue import (
     KV_BYTES,
     KV_CAPACITY,
     KV_DEMAND,
+    KV_DEVICE_BYTES,
     KV_WORKING_SET,
     LOGICAL_TOKENS,
     PHYSICAL_TOKENS,
+    PREEMPTIONS,
+    PRESSURE_STEPS,
     RECTIFIED_TOKENS,
     REFRESHES,
+    TURNS_COMPACT,
+    TURNS_RUNNING,
 )
 from monitoring.dashboards.panels import (
     BYTES,
@@ -32,37 +40,88 @@ from monitoring.dashboards.panels import (
     bars,
     lines,
 )
-from monitoring.promql import ratio
+from monitoring.promql import or_zero, ratio
+
+_KINDS = ("active", "warm", "shared", "cached", "free")
 
 _MEMORY = Row(
     "Memory",
     (
         lines(
             "Pool by kind",
-            "active: of running turns. warm: of idle sessions. shared: of several. cached: of none, kept in case its prefix comes back.",
+            "The device's. active: of running turns. warm: of idle sessions. shared: of several. cached: of none, kept for its prefix.",
             BYTES,
-            *(Query(HERE.now(KV_BYTES, kind=kind), kind) for kind in ("active", "warm", "shared", "cached", "free")),
+            *(Query(HERE.now(KV_BYTES, tier="device", kind=kind), kind) for kind in _KINDS),
+            stacked=True,
+        ),
+        lines(
+            "Host memory by kind",
+            "The host tier's: active is the KV of compact turns, warm that of idle sessions which gave way on the device.",
+            BYTES,
+            *(Query(HERE.now(KV_BYTES, tier="host", kind=kind), kind) for kind in _KINDS),
             stacked=True,
         ),
         lines(
             "Occupancy",
-            "Held by sessions over the size of the pool, of each replica.",
+            "Held by sessions over the size of the tier, of each replica.",
             SHARE,
             Query(
                 ratio(
-                    HERE.now(KV_BYTES, by=("replica",), kind="active|warm|shared"),
-                    HERE.now(KV_CAPACITY, by=("replica",)),
+                    HERE.now(KV_BYTES, by=("replica", "tier"), kind="active|warm|shared"),
+                    HERE.now(KV_BYTES, by=("replica", "tier")),
                 ),
-                "{{replica}}",
+                "{{replica}}: {{tier}}",
             ),
             highest=1.0,
         ),
         lines(
             "Logical and physical tokens",
-            "Tokens of the conversations as their clients see them, and slots of the pool that they hold; shared ones count once.",
+            "Tokens of the conversations as their clients see them, and slots of each tier that they hold; shared ones count once.",
             COUNT,
             Query(HERE.now(LOGICAL_TOKENS), "logical"),
-            Query(HERE.now(PHYSICAL_TOKENS), "physical"),
+            Query(HERE.now(PHYSICAL_TOKENS, by=("tier",)), "physical: {{tier}}"),
+        ),
+        lines(
+            "Compression ratio",
+            "Computed tokens of the active conversations over the device slots that these hold. Above 1 turns are compact.",
+            COUNT,
+            Query(HERE.now(COMPRESSION, by=("replica",)), "{{replica}}"),
+        ),
+        lines(
+            "Compact turns",
+            "Turns in the batches, and those of them whose KV lies in host memory.",
+            COUNT,
+            Query(HERE.now(TURNS_RUNNING), "running"),
+            Query(HERE.now(TURNS_COMPACT), "compact"),
+            decimals=0,
+        ),
+    ),
+)
+
+_PRESSURE = Row(
+    "Pressure",
+    (
+        lines(
+            "Pressure steps",
+            "What gave way to turns that found no room, in the order in which it is tried: blocks of prefixes, idle sessions (to host "
+            "memory, or away), resident turns, budgets of compact turns, and at last the newest turn.",
+            PER_SECOND,
+            Query(HERE.rate(PRESSURE_STEPS, by=("step",)), "{{step}}"),
+            Query(or_zero(HERE.rate(PREEMPTIONS)), "preempted_turn"),
+        ),
+        lines(
+            "Device memory for KV",
+            "All that lies on the devices beside the model: pools, sketches, maps and buffers; and the pools alone.",
+            BYTES,
+            Query(HERE.now(KV_DEVICE_BYTES), "in all"),
+            Query(HERE.now(KV_CAPACITY), "pools"),
+        ),
+        lines(
+            "Turns are compact above",
+            "From which share of its pool on a replica admits turns as compact; 1: only when it is full, 0: all that may be.",
+            SHARE,
+            Query(HERE.now(COMPACT_ABOVE, by=("replica",)), "{{replica}}"),
+            highest=1.0,
         ),
     ),
 )
@@ -72,7 +131,7 @@ _DEMAND = Row(
     (
         bars(
             "Demand by budget, now",
-            "Bytes of the working sets that the present conversations would need at each budget; full: all of their tokens.",
+            "Device bytes that the present conversations would hold at each budget, compact where they may be; full: all of their tokens.",
             BYTES,
             Query(f"sort({HERE.now(KV_DEMAND, by=('budget_tokens',))})", "{{budget_tokens}}"),
         ),
@@ -85,7 +144,7 @@ _DEMAND = Row(
         ),
         lines(
             "Working sets",
-            "Bytes at the budget in force, of conversations in use and of idle ones: the compressed cache.",
+            "The same at the budget in force, of conversations in use and of idle ones: the compressed cache.",
             BYTES,
             Query(HERE.now(KV_WORKING_SET, by=("state",)), "{{state}}"),
             stacked=True,
@@ -101,6 +160,7 @@ _BUDGET = Row(
             "Tokens that a KV head may select; of several replicas the lowest.",
             COUNT,
             Query(HERE.now(BUDGET_IN_FORCE, fold="min"), "in force"),
+            Query(HERE.now(COMPACT_BUDGET, fold="min"), "in force, compact turns"),
             Query(HERE.now(BUDGET_CEILING, fold="min"), "ceiling"),
             Query(HERE.now(BUDGET_FLOOR, fold="min"), "floor"),
             Query(HERE.now(BUDGET_MAX, fold="min"), "without a ceiling"),
@@ -108,10 +168,10 @@ _BUDGET = Row(
         ),
         lines(
             "Tokens that decode reads",
-            "Over those of a dense step: expected of the running conversations, and as measured in ended turns.",
+            "Over those of a dense step, as measured in ended turns: mean and median.",
             SHARE,
-            Query(HERE.now(COMPRESSION, fold="avg"), "running, expected"),
-            Query(HERE.mean(KEPT_SHARE), "ended, measured"),
+            Query(HERE.mean(KEPT_SHARE), "mean"),
+            Query(HERE.quantile(0.5, KEPT_SHARE), "p50"),
             highest=1.0,
         ),
         lines(
@@ -147,6 +207,6 @@ _BUDGET = Row(
 BOARD = Board(
     "compression",
     "LoopServe / Compression",
-    "Occupancy by kind, logical and physical tokens, the demand curve, the budget in force, coverage, fallbacks and refreshes.",
-    (_MEMORY, _DEMAND, _BUDGET),
+    "Occupancy by tier and kind, logical and physical tokens, what gives way, demand by budget, coverage, fallbacks, refreshes.",
+    (_MEMORY, _PRESSURE, _DEMAND, _BUDGET),
 )

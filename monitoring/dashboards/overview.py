@@ -173,10 +173,10 @@ _FLEET = Row(
         ),
         lines(
             "Pool in use",
-            "Bytes that running turns, idle sessions and shared prefixes hold over the size of the pools.",
+            "Device bytes that running turns, idle sessions and shared prefixes hold over the size of the pools.",
             SHARE,
             *(
-                Query(ratio(HERE.now(KV_BYTES, kind=kind), HERE.now(KV_CAPACITY)), kind)
+                Query(ratio(HERE.now(KV_BYTES, tier="device", kind=kind), HERE.now(KV_CAPACITY)), kind)
                 for kind in ("active", "warm", "shared")
             ),
             stacked=True,

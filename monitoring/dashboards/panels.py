@@ -23,7 +23,7 @@ SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "loopserve"
 
 SECONDS, BYTES, SHARE, COUNT, PER_SECOND = "s", "bytes", "percentunit", "short", "suffix:/s"
-TOKENS_PER_SECOND, REQUESTS_PER_SECOND = "suffix:tok/s", "reqps"
+TOKENS_PER_SECOND, REQUESTS_PER_SECOND, BYTES_PER_SECOND = "suffix:tok/s", "reqps", "Bps"
 _FULL_WIDTH = 24
 
 

@@ -4,6 +4,9 @@ from monitoring.catalogue import (
     AFFINITY_DECISIONS,
     AFFINITY_TIME,
     AFFINITY_TURNS,
+    HANDOFF_BYTES,
+    HANDOFF_TIME,
+    HANDOFFS,
     INTER_TOKEN,
     PREFILL_TIME,
     PROMPT_TOKENS,
@@ -14,6 +17,7 @@ from monitoring.catalogue import (
     TTFT,
 )
 from monitoring.dashboards.panels import (
+    BYTES_PER_SECOND,
     COUNT,
     HERE,
     PER_SECOND,
@@ -165,9 +169,35 @@ _PLACE = Row(
     ),
 )
 
+_HANDOFFS = Row(
+    "Hand-offs",
+    (
+        lines(
+            "Hand-offs by result",
+            "Sessions that replicas had to give away. moved: where the next turn is sent. Of all others the next turn computes its past.",
+            PER_SECOND,
+            Query(HERE.rate(HANDOFFS, by=("result",)), "{{result}}"),
+            stacked=True,
+        ),
+        lines(
+            "Handed over",
+            "Bytes of the sessions that were taken over.",
+            BYTES_PER_SECOND,
+            Query(HERE.rate(HANDOFF_BYTES), "bytes"),
+        ),
+        lines(
+            "Time of a hand-off",
+            "From the offer of a session to its place in the new engine; empty while none is taken over.",
+            SECONDS,
+            *percentiles(lambda share: HERE.quantile(share, HANDOFF_TIME), 0.5, 0.95),
+            logarithmic=True,
+        ),
+    ),
+)
+
 BOARD = Board(
     "sessions",
     "LoopServe / Sessions",
-    "Turns a session, latency by turn, affinity hits, misses and moves, prefix reuse by source.",
-    (_NOW, _TURNS, _PLACE),
+    "Turns a session, latency by turn, affinity hits, misses and moves, prefix reuse by source, hand-offs.",
+    (_NOW, _TURNS, _PLACE, _HANDOFFS),
 )

@@ -11,11 +11,12 @@ Tokens are words. It keeps sessions, so that `cached_tokens` shows whether a con
 """
 
 import asyncio
+import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, replace
 
 import loopserve.errors
 from deploy.replica import Backend
@@ -25,6 +26,7 @@ from loopserve.dialogue import FinishReason, Mode, QualityReport, SessionId, Tur
 from loopserve.errors import ConfigError, EngineUnavailable, NotFound, Overloaded
 from loopserve.sessions import SessionInfo
 from loopserve.stats import BudgetDemand, MemoryStats, Occupancy, StatsSink
+from loopserve.transcripts import Transcript
 
 MODEL = "fake-model"
 
@@ -37,6 +39,7 @@ class FakeEngine:
         self.is_running = False
         self.kept: dict[SessionId, SessionInfo] = {}
         self.ceiling_tokens: int | None = None
+        self.compact_above_ratio = 1.0
 
     def start(self) -> None:
         self.is_running = True
@@ -59,20 +62,45 @@ class FakeEngine:
         self.session(session_id)
         del self.kept[session_id]
 
+    def export_session(self, session_id: SessionId) -> bytes:
+        """What it knows of the session as JSON, and a KV byte a token."""
+        info = self.session(session_id)
+        if info.is_active:
+            raise Overloaded("a turn of it runs")
+        return json.dumps(asdict(info)).encode() + b"\n" + b"k" * info.num_cached_tokens
+
+    def import_session(self, data: bytes) -> SessionInfo:
+        if not self.is_running:
+            raise EngineUnavailable("the engine is dead")
+        try:
+            info = SessionInfo(**json.loads(data.partition(b"\n")[0]))
+        except ValueError as error:
+            raise ImageRefused("corrupt") from error
+        known = self.kept.get(info.session_id)
+        if known is not None and known.is_active:
+            raise Overloaded("a turn of it runs")
+        self.kept[info.session_id] = info
+        return info
+
     def memory(self) -> MemoryStats:
-        """Ten blocks of 1,600 bytes: one of an active conversation, two warm ones, one shared."""
+        """Ten blocks of 1,600 bytes: one of an active conversation, two warm ones, one shared; as many on the host, four of them warm."""
         return MemoryStats(
             num_running_turns=1,
             num_waiting_turns=0,
             max_running_turns=4,
+            num_compact_turns=0,
             block_bytes=1600,
+            device_bytes=20_000,
             blocks=Occupancy(total=10, active=1, warm=2, shared=1, cached=2, free=4),
+            host_blocks=Occupancy(total=10, active=0, warm=4, shared=1, cached=0, free=5),
             num_active_sessions=1,
             num_warm_sessions=1,
             active_tokens=30,
             warm_tokens=40,
+            computed_tokens=30,
             demand=(BudgetDemand(8, 1000, 1200), BudgetDemand(16, 1800, 2000), BudgetDemand(None, 3000, 4000)),
             budget_tokens=min(16, self.ceiling_tokens or 16),
+            compact_budget_tokens=min(16, self.ceiling_tokens or 16),
             budget_ceiling_tokens=self.ceiling_tokens,
             budget_max_tokens=16,
             budget_floor_tokens=8,
@@ -83,15 +111,33 @@ class FakeEngine:
             raise ConfigError("below the floor of 8")
         self.ceiling_tokens = tokens
 
+    def set_compact_above(self, ratio: float) -> None:
+        self.compact_above_ratio = ratio
+
+
+class ImageRefused(Exception):
+    """As the engine's: outside of the tree, with a reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
 
 class FakeChat:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
+        self.transcripts: dict[SessionId, tuple[Transcript, ...]] = {}
         self.cancelled: list[SessionId] = []
         self.requests: list[ChatRequest] = []
 
     def forget(self, session_id: SessionId) -> None:
-        pass
+        self.transcripts.pop(session_id, None)
+
+    def export(self, session_id: SessionId) -> tuple[Transcript, ...]:
+        return self.transcripts.get(session_id, ())
+
+    def adopt(self, session_id: SessionId, transcripts: Sequence[Transcript]) -> None:
+        self.transcripts[session_id] = (*self.export(session_id), *transcripts)
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[tuple[ChatEvent, ...]]:
         self.requests.append(request)

@@ -74,12 +74,19 @@ def series_of(
 ) -> list[Series]:
     """One replica's page as Prometheus keeps it, with a sample before the newest."""
     ceiling = one.budget_ceiling_tokens or one.budget_max_tokens
+    host_free = one.host_capacity_bytes - one.host_live_bytes - one.host_warm_bytes
     values: list[tuple[str, dict[str, str], float]] = [
         ("kv_capacity_bytes", {}, one.capacity_bytes),
-        ("kv_bytes", {"kind": "active"}, one.active_bytes),
-        ("kv_bytes", {"kind": "warm"}, one.warm_bytes),
-        ("kv_bytes", {"kind": "shared"}, one.shared_bytes),
-        ("kv_bytes", {"kind": "free"}, 5.0),
+        ("kv_bytes", {"tier": "device", "kind": "active"}, one.active_bytes),
+        ("kv_bytes", {"tier": "device", "kind": "warm"}, one.warm_bytes),
+        ("kv_bytes", {"tier": "device", "kind": "shared"}, one.shared_bytes),
+        ("kv_bytes", {"tier": "device", "kind": "free"}, 5.0),
+        ("kv_bytes", {"tier": "host", "kind": "active"}, one.host_live_bytes),
+        ("kv_bytes", {"tier": "host", "kind": "warm"}, one.host_warm_bytes),
+        ("kv_bytes", {"tier": "host", "kind": "shared"}, 0.0),
+        ("kv_bytes", {"tier": "host", "kind": "cached"}, 0.0),
+        ("kv_bytes", {"tier": "host", "kind": "free"}, host_free),
+        ("compact_above_ratio", {}, one.compact_above_ratio),
         ("turns_running", {}, one.num_running),
         ("turns_waiting", {}, one.num_waiting),
         ("turns_max", {}, one.max_running),

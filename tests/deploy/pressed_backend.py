@@ -1,4 +1,7 @@
-"""A fake backend whose pool is as full as a file says: {"live": share of the pool, "running": turns, "waiting": turns}."""
+"""A fake backend whose pool is as full as a file says: {"live": share of the pool, "running": turns, "waiting": turns}.
+
+Its turns are compact and hold just that at the full budget; at the floor half of it, with all of their tokens twice as much.
+"""
 
 import json
 from dataclasses import replace
@@ -27,10 +30,11 @@ class PressedEngine(FakeEngine):
             num_running_turns=load["running"],
             num_waiting_turns=load["waiting"],
             blocks=Occupancy(total=NUM_BLOCKS, active=active, warm=0, shared=0, cached=0, free=NUM_BLOCKS - active),
+            host_blocks=Occupancy(total=NUM_BLOCKS, active=0, warm=0, shared=0, cached=0, free=NUM_BLOCKS),
             demand=(
-                BudgetDemand(8, live_bytes // 4, 0),
-                BudgetDemand(16, live_bytes // 2, 0),
-                BudgetDemand(None, live_bytes, 0),
+                BudgetDemand(8, live_bytes // 2, 0),
+                BudgetDemand(16, live_bytes, 0),
+                BudgetDemand(None, 2 * live_bytes, 0),
             ),
         )
 

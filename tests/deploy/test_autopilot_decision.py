@@ -56,21 +56,57 @@ def test_working_sets_above_high_tighten_to_the_largest_rung_under_the_target():
     assert "working sets are 90%" in decision.reason and "1024 -> 512" in decision.reason
 
 
-def test_pool_pressure_tightens_by_one_rung_at_a_time():
-    decisions = run(fleet(at(0.9)), FREE, 30)
+def test_where_no_rung_comes_under_the_target_it_is_the_largest_that_frees_all_there_is_to_free():
+    stubborn = replace(
+        at(0.9), demand=((64, 88_000_000, 0), (256, 88_000_000, 0), (1024, 95_000_000, 0), (None, 99_000_000, 0))
+    )
+    decisions = run(fleet(stubborn), FREE, 60)
+    assert [(at_s, action) for at_s, action in acts(decisions) if action is Action.TIGHTEN] == [(0, Action.TIGHTEN)]
+    assert decisions[-1].state.ceiling_tokens == 256
+
+
+def test_pools_full_of_resident_turns_lower_no_budget():
+    decisions = run(fleet(at(0.9, turns=10)), FREE, 60)
+    assert Action.TIGHTEN not in [action for _, action in acts(decisions)]
+    assert "no budget frees them: compact, these turns would hold 10%" in decisions[0].reason
+
+
+def test_without_a_host_tier_bytes_lower_no_budget_and_the_reason_says_so():
+    decisions = run(fleet(at(0.9, is_flat=True)), FREE, 60)
+    assert {action for _, action in acts(decisions)} == {Action.ADD}
+    assert (
+        "working sets are 90% of the pools, over 85%; a lower budget would free hardly any of it" in decisions[0].reason
+    )
+
+
+def test_in_a_mixed_fleet_a_lower_budget_counts_as_far_as_it_frees():
+    flat, crowd = at(0.95, is_flat=True), at(0.95)
+    assert decide(fleet(flat, crowd), PilotState(None, 2), SETTINGS, 0.0).state.ceiling_tokens == 256
+    hardly = replace(flat, demand=((64, 94_500_000, 0), *flat.demand[1:]))
+    assert decide(fleet(flat, hardly), PilotState(None, 2), SETTINGS, 0.0).state.ceiling_tokens is None
+
+
+def test_a_queue_tightens_too_by_one_rung_at_a_time():
+    decisions = run(fleet(at(0.3, waiting=20)), FREE, 30)
+    assert "62% of the places are waited for" in decisions[0].reason
     tightened = [(int(d.at_s), d.state.ceiling_tokens) for d in decisions if Action.TIGHTEN in d.actions]
     assert tightened == [(0, 512), (5, 256), (10, 128), (15, 64)]
-
-
-def test_a_queue_tightens_too():
-    decision = decide(fleet(at(0.3, waiting=20)), FREE, SETTINGS, 0.0)
-    assert decision.state.ceiling_tokens == 512 and "62% of the places are waited for" in decision.reason
+    assert run(fleet(at(0.9, waiting=20, is_flat=True)), FREE, 30)[-1].state.ceiling_tokens == 64, "decode is quicker"
 
 
 def test_the_budget_never_goes_below_the_higher_of_both_floors():
-    own_floor = replace(SETTINGS, budget_floor_tokens=200)
-    assert run(fleet(at(0.9)), FREE, 60, config=own_floor)[-1].state.ceiling_tokens == 200
-    assert run(fleet(at(0.9)), FREE, 60)[-1].state.ceiling_tokens == 64
+    own_floor, queue = replace(SETTINGS, budget_floor_tokens=200), fleet(at(0.3, waiting=20))
+    assert run(queue, FREE, 60, config=own_floor)[-1].state.ceiling_tokens == 200
+    assert run(queue, FREE, 60)[-1].state.ceiling_tokens == 64
+
+
+def test_a_budget_that_frees_nothing_comes_back_though_the_pools_are_full():
+    tight = replace(FREE, ceiling_tokens=256, replicas_wanted=8)
+    relaxed = [
+        d.state.ceiling_tokens for d in run(fleet(at(0.8, is_flat=True)), tight, 70) if Action.RELAX in d.actions
+    ]
+    assert relaxed == [512, None]
+    assert not [d for d in run(fleet(at(0.8)), tight, 70) if Action.RELAX in d.actions], "these would take more"
 
 
 def test_calm_gives_the_budget_back_rung_by_rung():
@@ -106,7 +142,83 @@ def test_nothing_is_relaxed_on_a_snapshot_with_a_gap():
     assert not acts(run(missing, replace(FREE, ceiling_tokens=64, replicas_wanted=4), 600))
 
 
+# ---- the form of the turns ----
+
+
+def long_turns(ratio: float, **changes: object) -> ReplicaSignals:
+    """Ten turns: compact they take a tenth of the pool, whatever they take in full."""
+    return at(ratio, turns=10, **changes)
+
+
+def test_turns_go_compact_when_all_tokens_are_above_low_and_the_budget_stays():
+    assert not acts(run(fleet(long_turns(0.70)), FREE, 60))
+    decision = decide(fleet(long_turns(0.71)), FREE, SETTINGS, 0.0)
+    assert decision.actions == (Action.COMPACT,) and decision.state.ceiling_tokens is None
+    assert decision.state.compact_above_ratio == 0.0
+    assert decision.reason == "turns go compact: all tokens are 71% of the pools, over 70%; compact they would be 10%"
+
+
+def test_turns_are_resident_again_after_a_hold_under_the_target():
+    compact = replace(FREE, compact_above_ratio=0.0)
+    between = run(fleet(long_turns(0.66)), compact, 100)
+    assert not acts(between) and between[-1].state.compact_above_ratio == 0.0
+    decisions = run(fleet(long_turns(0.6)), compact, 100)
+    assert acts(decisions) == [(30, Action.RESIDENT)] and decisions[-1].state.compact_above_ratio is None
+    assert "for 30 s all tokens have been at most 65%" in decisions[30].reason
+
+
+def test_a_load_between_the_two_thresholds_changes_no_form():
+    for state in (FREE, replace(FREE, compact_above_ratio=0.0)):
+        assert not acts(run(fleet(long_turns(0.68)), state, 600))
+
+
+def test_the_form_is_given_back_after_the_budget_and_on_whole_snapshots_only():
+    tight = replace(FREE, ceiling_tokens=512, compact_above_ratio=0.0)
+    assert acts(run(fleet(at(0.3)), tight, 70)) == [(30, Action.RELAX), (61, Action.RESIDENT)]
+    gap = fleet(*[at(0.1)] * 4, num_missing=1)
+    assert not acts(run(gap, replace(FREE, compact_above_ratio=0.0, replicas_wanted=4), 100))
+
+
+def test_a_moment_without_room_or_data_starts_the_hold_of_the_form_anew():
+    compact, roomy = replace(FREE, compact_above_ratio=0.0), fleet(long_turns(0.6))
+    pressed = decide(fleet(long_turns(0.68)), run(roomy, compact, 29)[-1].state, SETTINGS, 29.0).state
+    held = hold(Untrusted(Cause.STALE, "old"), roomy.counts, run(roomy, compact, 29)[-1].state, SETTINGS, 29.0).state
+    for state in (pressed, held):
+        assert acts(run(roomy, state, 60, start_s=30)) == [(60, Action.RESIDENT)]
+
+
+def test_turns_that_would_take_no_less_compact_stay_as_they_are_and_the_reason_says_so():
+    decision = decide(fleet(long_turns(0.8, is_flat=True)), FREE, SETTINGS, 0.0)
+    assert decision.actions == (Action.KEEP,) and decision.state.compact_above_ratio is None
+    assert decision.reason == "all tokens are 80% of the pools, over 70%, and compact turns would take no less"
+
+
+def test_turns_that_wait_count_before_they_fill_a_pool():
+    waiting = replace(long_turns(0.4), demand=((64, 2_000_000, 0), (1024, 20_000_000, 0), (None, 80_000_000, 0)))
+    assert decide(fleet(waiting), FREE, SETTINGS, 0.0).actions == (Action.COMPACT,)
+
+
 # ---- the replica count ----
+
+
+def test_pools_full_of_resident_turns_call_for_replicas_only_when_going_compact_has_not_helped():
+    decisions = run(fleet(long_turns(0.9)), FREE, 60)
+    assert acts(decisions) == [(0, Action.COMPACT), (30, Action.ADD)]
+    assert "live bytes are 90% of the pools, 30 s after turns went compact" in decisions[30].reason
+    emptied = run(fleet(long_turns(0.9)), FREE, 10) + run(
+        fleet(replace(long_turns(0.9), active_bytes=10_000_000)), decisions[9].state, 60, start_s=10
+    )
+    assert acts(emptied) == [(0, Action.COMPACT)], "compact turns hold it"
+
+
+def test_idle_conversations_in_host_memory_put_a_removal_off_too():
+    hosts = {"host_capacity_bytes": 400_000_000, "host_live_bytes": 50_000_000}
+    full, roomy = (at(0.1, **hosts, host_warm_bytes=warm) for warm in (250_000_000, 100_000_000))
+    removed = [
+        next(at_s for at_s, action in acts(run(fleet(one, one), PilotState(None, 2), 2500)) if action is Action.REMOVE)
+        for one in (full, roomy)
+    ]
+    assert removed == [300 + 1800, 300]
 
 
 def test_pressure_adds_what_would_hold_it_under_the_target():
@@ -266,9 +378,10 @@ def test_holding_keeps_both_and_begins_every_hold_anew():
 
 
 def test_a_restarted_autopilot_goes_on_from_what_is_in_force_with_its_cooldowns_begun():
-    tight = fleet(at(0.9, budget_ceiling_tokens=256), at(0.9, budget_ceiling_tokens=512), target=4)
+    first = at(0.9, budget_ceiling_tokens=256, compact_above_ratio=0.0)
+    tight = fleet(first, at(0.9, budget_ceiling_tokens=512), target=4)
     state = take_over(tight, 1000.0)
-    assert (state.ceiling_tokens, state.replicas_wanted) == (256, 4)
+    assert (state.ceiling_tokens, state.compact_above_ratio, state.replicas_wanted) == (256, 0.0, 4)
     decision = decide(tight, state, SETTINGS, 1000.0)
     assert decision.actions == (Action.KEEP,)
 
@@ -286,6 +399,8 @@ states = st.builds(
     PilotState,
     ceiling_tokens=st.one_of(st.none(), st.integers(1, 4000)),
     replicas_wanted=st.integers(0, 12),
+    compact_above_ratio=st.sampled_from([None, 0.0]),
+    compacted_at_s=st.floats(-1000.0, 0.0),
     num_regrets=st.integers(0, 4),
     added_for=st.integers(0, 9),
     tightened_at_s=st.floats(-1000.0, 0.0),
@@ -293,6 +408,7 @@ states = st.builds(
     added_at_s=st.floats(-1000.0, 0.0),
     removed_at_s=st.floats(-1000.0, 0.0),
     calm_since_s=st.one_of(st.none(), st.floats(-1000.0, 0.0)),
+    roomy_since_s=st.one_of(st.none(), st.floats(-1000.0, 0.0)),
     spare_since_s=st.one_of(st.none(), st.floats(-1000.0, 0.0)),
 )
 configs = st.builds(
@@ -312,11 +428,14 @@ def test_bounds_are_always_kept(replicas, state, config):
     ceiling = decision.state.ceiling_tokens
     if replicas and ceiling is not None:
         assert max(64, config.budget_floor_tokens or 0) <= ceiling < 1024
+    assert decision.state.compact_above_ratio in (None, 0.0)
     assert decision.reason and decision.actions
 
 
 @given(loads(), st.floats(0.0, 1.0), st.integers(0, 60), states, configs)
-def test_more_pressure_never_means_a_larger_budget_or_fewer_replicas(less, extra, waiting, state, config):
+def test_more_pressure_never_means_a_larger_budget_resident_turns_or_fewer_replicas(
+    less, extra, waiting, state, config
+):
     ratio = less.active_bytes / less.capacity_bytes
     num_turns = max(1, less.num_running)
     more = at(min(1.0, ratio + extra), turns=num_turns, waiting=less.num_waiting + waiting)
@@ -324,6 +443,7 @@ def test_more_pressure_never_means_a_larger_budget_or_fewer_replicas(less, extra
     calm, pressed = (decide(fleet(one, target=state.replicas_wanted), state, config, 0.0).state for one in (less, more))
     assert (pressed.ceiling_tokens or 9999) <= (calm.ceiling_tokens or 9999)
     assert pressed.replicas_wanted >= calm.replicas_wanted
+    assert calm.compact_above_ratio is None or pressed.compact_above_ratio is not None
 
 
 @settings(deadline=None, max_examples=30)
@@ -359,22 +479,25 @@ def test_noise_around_a_threshold_does_not_oscillate(threshold, seed):
         moves += [action for action in decision.actions if action is not Action.KEEP]
     assert reversals(moves, Action.ADD, Action.REMOVE) == 0
     assert reversals(moves, Action.TIGHTEN, Action.RELAX) <= 1
+    assert reversals(moves, Action.COMPACT, Action.RESIDENT) <= 1
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(0, 40)), min_size=60, max_size=60), st.integers(1, 30))
 def test_reversals_in_a_window_are_few_whatever_the_load_does(trace, every_s):
     """A relaxation takes a hold of calm, a removal a longer one: no load can make either faster."""
-    state, turns, counts = FREE, [], []
+    state, turns, forms, counts = FREE, [], [], []
     for now_s in range(len(trace) * every_s):
         ratio, waiting = trace[now_s // every_s]
         ready = state.replicas_wanted
         decision = decide(fleet(*[at(ratio, waiting=waiting)] * ready), state, SETTINGS, float(now_s))
         state = replace(decision.state, is_acknowledged=True)
         turns += [(now_s, a) for a in decision.actions if a in (Action.TIGHTEN, Action.RELAX)]
+        forms += [a for a in decision.actions if a in (Action.COMPACT, Action.RESIDENT)]
         counts += [(now_s, a) for a in decision.actions if a in (Action.ADD, Action.REMOVE)]
     window_s = len(trace) * every_s
     assert reversals([a for _, a in turns], Action.TIGHTEN, Action.RELAX) <= 2 * (window_s / SETTINGS.relax_hold_s) + 1
+    assert reversals(forms, Action.COMPACT, Action.RESIDENT) <= 2 * (window_s / SETTINGS.relax_hold_s) + 1
     assert (
         reversals([a for _, a in counts], Action.ADD, Action.REMOVE) <= 2 * (window_s / SETTINGS.scale_down_hold_s) + 1
     )

@@ -53,6 +53,18 @@ def test_a_lease_that_is_not_renewed_ends_and_its_ceiling_stays(lease: BudgetLea
     assert lease.take(BudgetOrder("z", 512, 4.0)).obeyed
 
 
+def test_when_turns_go_compact_is_ordered_for_as_long_as_the_lease_runs(lease: BudgetLease, clock: Clock):
+    reply = lease.take(BudgetOrder("a", 256, 4.0, 0.0))
+    assert (reply.compact_above_ratio, lease.compact_above_ratio, lease.left_s) == (0.0, 0.0, 4.0)
+    refused = lease.take(BudgetOrder("b", 64, 4.0, 0.5))
+    assert (refused.obeyed, refused.compact_above_ratio) == (False, 0.0)
+    clock.now_s += 4.0
+    assert (lease.compact_above_ratio, lease.left_s, lease.ceiling_tokens) == (None, 0.0, 256)
+    lease.take(BudgetOrder("a", 256, 4.0, 0.0))
+    lease.take(BudgetOrder("a", 256, 4.0))
+    assert lease.compact_above_ratio is None
+
+
 def test_renewing_keeps_the_other_out(lease: BudgetLease, clock: Clock):
     for _ in range(10):
         assert lease.take(BudgetOrder("a", 256, 4.0)).obeyed
@@ -68,6 +80,9 @@ def test_renewing_keeps_the_other_out(lease: BudgetLease, clock: Clock):
         BudgetOrder("a", -5, 4.0),
         BudgetOrder("a", 64, 0.0),
         BudgetOrder("a", 64, math.nan),
+        BudgetOrder("a", 64, 4.0, -0.1),
+        BudgetOrder("a", 64, 4.0, 1.5),
+        BudgetOrder("a", 64, 4.0, math.nan),
     ],
 )
 def test_an_order_without_sense_changes_nothing(lease: BudgetLease, order: BudgetOrder):

@@ -31,7 +31,7 @@ class World:
     """Replicas with their leases, Serve's count of them, and clocks. `broken` names what does not work now."""
 
     now_s: float = 1000.0
-    load: float = 0.3  # of one pool, at every replica
+    load: float = 0.3  # of one pool, at every replica, by ten resident turns; above 0.85 others wait
     target: int = 1
     running: int = 1
     in_flight: int = 0
@@ -57,8 +57,15 @@ class World:
     def ceilings(self) -> set[int | None]:
         return {self.lease(name).ceiling_tokens for name in self.names}
 
+    @property
+    def forms(self) -> set[float | None]:
+        return {self.lease(name).compact_above_ratio for name in self.names}
+
     def signals(self, name: str) -> ReplicaSignals:
-        one = signals(name, active_tokens=int(self.load * 100_000), turns=10, unix_time=self.now_s)
+        waiting = 16 if self.load > 0.85 else 0
+        one = signals(name, active_tokens=int(self.load * 100_000), turns=10, waiting=waiting, unix_time=self.now_s)
+        ordered = self.lease(name).compact_above_ratio
+        one = replace(one, compact_above_ratio=1.0 if ordered is None else ordered)
         return replace(one, budget_ceiling_tokens=self.lease(name).ceiling_tokens, **self.nonsense)
 
     async def ask(self, question: str, *args: Any) -> Replies[Any]:
@@ -160,7 +167,7 @@ async def test_pressure_reaches_every_replica_and_then_serve():
     await flight.rounds(31)  # the cooldowns with which it starts
     flight.world.load = 0.9
     await flight.rounds(1)
-    assert flight.world.ceilings == {512}
+    assert flight.world.ceilings == {512} and flight.world.forms == {0.0}
     assert flight.world.log[-2:] == ["m orders 512", "scale 3"]
 
 
@@ -175,13 +182,32 @@ async def test_orders_are_renewed_every_round_and_a_new_replica_gets_them():
 
 
 async def test_a_restarted_autopilot_takes_over_what_is_in_force():
-    world = World(load=0.75, running=2, target=2)
+    world = World(load=0.68, running=2, target=2)
     for name in world.names:
-        world.lease(name).take(BudgetOrder("before", 256, 0.1))
+        world.lease(name).take(BudgetOrder("old", 256, 20.0, 0.0))
     flight = take_off(world)
     await flight.rounds(3)
-    assert world.ceilings == {256} and world.target == 2
-    assert flight.overview()["wanted"] == {"budget_ceiling_tokens": 256, "replicas": 2}
+    assert world.ceilings == {256} and world.forms == {0.0} and world.target == 2
+    wanted = {"budget_ceiling_tokens": 256, "compact_above_ratio": 0.0, "replicas": 2}
+    assert flight.overview()["wanted"] == wanted
+    assert flight.overview()["actual"]["compact_above_ratio"] == [0.0]
+
+
+async def test_turns_go_compact_by_order_and_the_order_is_explained_and_taken_back():
+    flight = take_off(World(load=0.8))
+    await flight.rounds(5)
+    assert flight.world.forms == {None}, "the cooldown with which it starts"
+    await flight.rounds(1)
+    assert flight.world.forms == {0.0} and flight.world.ceilings == {None}
+    told = flight.overview()["decisions"][0]
+    assert told["actions"] == ["compact"] and told["compact_above_ratio"] == 0.0
+    assert told["reason"].startswith("turns go compact: all tokens are 80%") and told["pressures"]["whole_ratio"] == 0.8
+    assert flight.sums.gauges[c.AUTOPILOT_COMPACT.name,] == 1.0
+    assert flight.sums.gauges[c.AUTOPILOT_PRESSURE.name, "whole"] == 0.8
+    flight.world.load = 0.5
+    await flight.rounds(31)
+    assert flight.world.forms == {None} and flight.sums.gauges[c.AUTOPILOT_COMPACT.name,] == 0.0
+    assert flight.sums.counters[c.AUTOPILOT_DECISIONS.name, "resident"] == 1
 
 
 async def test_off_reads_nothing_and_orders_nothing():
@@ -196,7 +222,7 @@ async def test_dry_run_says_what_it_would_do_and_does_nothing():
     await flight.rounds(40)
     assert not flight.world.log and flight.world.target == 1
     actions = {action for done in flight.overview()["decisions"] for action in done["actions"]}
-    assert {"tighten", "add"} <= actions
+    assert {"compact", "tighten", "add"} <= actions
     assert len(flight.overview()["decisions"]) < 10, "the same advice is said once"
 
 
@@ -208,7 +234,8 @@ async def test_switching_off_lifts_the_ceiling_it_has_set():
     assert flight.world.ceilings == {512}
     flight.pilot.set(replace(ON, mode="off"))
     await flight.rounds(3)
-    assert flight.world.ceilings == {None}
+    assert flight.world.ceilings == {None} and flight.world.forms == {None}
+    assert flight.sums.gauges[c.AUTOPILOT_COMPACT.name,] == 0.0
     assert flight.world.log[-1] == "m orders None" and flight.world.log.count("m orders None") >= 1
 
 
@@ -335,7 +362,7 @@ async def test_of_two_autopilots_the_smaller_id_acts_and_the_other_holds_and_doe
     assert world.ceilings == {64} and rounds_of(first) == ["scale 3"]
     assert second.cause == "other_autopilot" and first.cause is None
     assert second.sums.counters[c.AUTOPILOT_DECISIONS.name, "tighten"] == 0
-    assert second.overview()["wanted"] == {"budget_ceiling_tokens": 64, "replicas": 3}
+    assert second.overview()["wanted"] == {"budget_ceiling_tokens": 64, "compact_above_ratio": 0.0, "replicas": 3}
 
 
 async def test_the_second_takes_over_when_the_first_is_gone_without_a_jump():

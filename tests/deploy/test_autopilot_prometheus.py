@@ -13,9 +13,9 @@ from deploy.autopilot.settings import AutopilotSettings
 from deploy.autopilot.signals import Cause, Reading, ReplicaCounts, Untrusted, trusted
 from deploy.autopilot.sources import PrometheusSource
 from deploy.observe.local_prometheus import local_prometheus
-from monitoring.catalogue import CATALOGUE, REPLICA_UP, Origin
+from monitoring.catalogue import CATALOGUE, COMPACT_ABOVE, REPLICA_UP, Origin
 from monitoring.exposition import Part, PrometheusSink, page
-from monitoring.recorder import record_memory
+from monitoring.recorder import MemoryRecorder
 from monitoring.tools import find_tool
 
 PROMETHEUS = find_tool("prometheus")
@@ -39,8 +39,9 @@ class Pages:
         parts = []
         for name, engine in (self.engines or {}).items():
             sink = PrometheusSink([metric for metric in CATALOGUE if metric.origin is Origin.ENGINE])
-            record_memory(sink, engine.memory())
+            MemoryRecorder(sink).record(engine.memory())
             sink.set(REPLICA_UP, 1.0)
+            sink.set(COMPACT_ABOVE, 0.25)
             parts.append(Part(Origin.ENGINE, name, sink.families()))
         return page(parts)
 
@@ -91,6 +92,8 @@ async def test_a_fleet_is_read_from_a_real_prometheus(pages: tuple[Pages, str]):
         assert not reading.rejected
         one = reading.replicas[0]
         assert (one.capacity_bytes, one.active_bytes, one.warm_bytes, one.shared_bytes) == (16_000, 1600, 3200, 1600)
+        assert (one.host_capacity_bytes, one.host_live_bytes, one.host_warm_bytes) == (16_000, 1600, 6400)
+        assert one.compact_above_ratio == 0.25
         assert one.demand == ((8, 1000, 1200), (16, 1800, 2000), (None, 3000, 4000))
         assert (one.num_running, one.max_running, one.budget_ceiling_tokens) == (1, 4, None)
         assert len({one.unix_time for one in reading.replicas}) == 1, "one page, one moment"

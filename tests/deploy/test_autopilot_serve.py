@@ -71,6 +71,14 @@ class Piloted:
         replies = handle.broadcast("signals").results(timeout_s=LIMIT_S)
         return [signals.budget_ceiling_tokens for _, signals in replies]
 
+    def compact_above(self) -> list[float]:
+        """From which share of its pool on every replica admits turns as compact."""
+        from ray import serve
+
+        handle = serve.get_deployment_handle("EngineReplica", app_name=APP)
+        replies = handle.broadcast("signals").results(timeout_s=LIMIT_S)
+        return [signals.compact_above_ratio for _, signals in replies]
+
     def configure(self, settings: AutopilotSettings) -> None:
         """As a change of `user_config` does."""
         from ray import serve
@@ -106,7 +114,8 @@ def piloted(cluster: DeploySettings, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_the_autopilot_tells_of_itself_and_its_metrics_are_on_the_one_page(piloted: Piloted):
     told = piloted.becomes(lambda: (seen := piloted.overview()).get("last") and seen)
-    assert told["mode"] == "on" and told["wanted"] == {"budget_ceiling_tokens": None, "replicas": 1}
+    wanted = {"budget_ceiling_tokens": None, "compact_above_ratio": None, "replicas": 1}
+    assert told["mode"] == "on" and told["wanted"] == wanted
     assert told["snapshot"]["pressures"]["pool_ratio"] == pytest.approx(0.3)
     text = piloted.http.get("/metrics").text
     assert f'loopserve_autopilot_mode{{autopilot="{told["id"]}",mode="on"}} 1.0' in text
@@ -117,9 +126,10 @@ def test_pressure_tightens_adds_survives_a_dead_controller_and_goes_back(piloted
     import ray
 
     piloted.press(0.95)
+    piloted.becomes(lambda: piloted.compact_above() == [0.0])
     piloted.becomes(lambda: piloted.ceilings() == [8])
     piloted.becomes(lambda: piloted.engines() == (2, 2))
-    piloted.becomes(lambda: piloted.ceilings() == [8, 8])
+    piloted.becomes(lambda: piloted.ceilings() == [8, 8] and piloted.compact_above() == [0.0, 0.0])
 
     ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve"), no_restart=False)
     piloted.becomes(lambda: piloted.engines() == (2, 2))
@@ -131,6 +141,7 @@ def test_pressure_tightens_adds_survives_a_dead_controller_and_goes_back(piloted
 
     piloted.press(0.1, running=1)
     piloted.becomes(lambda: piloted.ceilings() == [None, None])
+    piloted.becomes(lambda: piloted.compact_above() == [1.0] * len(piloted.ceilings()))
     piloted.becomes(lambda: piloted.engines() == (1, 1))
     told = [action for done in reversed(piloted.overview()["decisions"]) for action in done["actions"]]
     moves = [action for action in told if action in ("tighten", "relax", "add", "remove")]

@@ -45,6 +45,9 @@ def test_a_plain_reading_is_believed():
         {"active_bytes": GOOD.capacity_bytes + 1},
         {"warm_bytes": GOOD.capacity_bytes},
         {"shared_bytes": math.nan},
+        {"host_capacity_bytes": -1},
+        {"host_live_bytes": 6, "host_capacity_bytes": 10, "host_warm_bytes": 5},
+        {"compact_above_ratio": math.nan},
         {"num_running": None},
         {"num_waiting": -3},
         {"num_waiting": True},
@@ -132,6 +135,25 @@ def test_a_replica_whose_engine_is_dead_does_not_count():
 def test_demand_is_read_at_the_first_rung_that_is_no_smaller():
     load = FleetLoad((replace(GOOD, demand=((64, 10, 0), (256, 40, 0), (None, 90, 0))),))
     assert [load.demand_bytes(budget) for budget in (1, 64, 65, 256, 257, None)] == [10, 10, 40, 40, 90, 90]
+
+
+def test_a_budget_frees_what_its_curve_falls_by_and_a_flat_curve_frees_nothing():
+    load = FleetLoad((replace(GOOD, demand=((64, 10**6, 0), (1024, 40 * 10**6, 0), (None, 90 * 10**6, 0))),))
+    assert load.frees(None, 1024) and load.frees(1024, 64) and not load.frees(64, 64)
+    flat = FleetLoad((signals(active_tokens=90_000, is_flat=True),))
+    assert not flat.frees(None, 64)
+    hardly = FleetLoad((replace(GOOD, demand=((64, 40 * 10**6, 0), (None, 40 * 10**6 + 999_999, 0))),))
+    assert not hardly.frees(None, 64), "less than a hundredth of the pool"
+
+
+def test_idle_conversations_are_counted_and_have_room_on_both_tiers():
+    one = replace(
+        GOOD, warm_bytes=5, host_warm_bytes=7, host_capacity_bytes=300, host_live_bytes=40, capacity_bytes=100
+    )
+    one = replace(one, active_bytes=10, shared_bytes=2)
+    load = FleetLoad((one, replace(one, replica="b")))
+    assert load.warm_bytes == 24
+    assert [load.warm_room_bytes(n) for n in (0, 1, 2)] == [-104, 400 - 104, 800 - 104]
 
 
 def test_rungs_lie_between_the_floors_and_the_budget():

@@ -47,7 +47,7 @@ async def page_after(fleet: LocalFleet, *bodies: dict) -> str:
 async def test_every_replica_is_on_the_page_with_its_own_numbers():
     text = await page_after(LocalFleet(names=("a", "b")), body("tokens=3"))
     for replica in ("a", "b"):
-        assert value(text, "loopserve_kv_bytes", replica=replica, kind="warm") == 2 * 1600
+        assert value(text, "loopserve_kv_bytes", replica=replica, tier="device", kind="warm") == 2 * 1600
         assert value(text, "loopserve_kv_demand_bytes", replica=replica, state="active", budget_tokens="full") == 3000
         assert value(text, "loopserve_replica_up", replica=replica) == 1
     assert value(text, "loopserve_requests_total", route="/v1/chat/completions", status="200") == 1

@@ -131,7 +131,8 @@ class Fleet:
         sink = PrometheusSink([metric for metric in c.CATALOGUE if metric.origin is Origin.ENGINE])
         sink.set(c.KV_CAPACITY, 1000)
         for kind, size in zip(KINDS, (300, 100, 200, 50, 350), strict=True):
-            sink.set(c.KV_BYTES, size, kind=kind)
+            sink.set(c.KV_BYTES, size, tier="device", kind=kind)
+            sink.set(c.KV_BYTES, 7000, tier="host", kind=kind)  # is not shown among the pool's
         sink.set(c.REPLICA_UP, 1)
         sink.set(c.BUDGET_IN_FORCE, 128)
         sink.set(c.BUDGET_CEILING, 128)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.app import application
-from deploy.calls import engine_session_id, name_in_tenant
-from deploy.conversations import KEYS_PER_CONVERSATION, Conversations
+from deploy.calls import SessionParts, engine_session_id, name_in_tenant, parts_of_session_id
+from deploy.conversations import KEYS_PER_CONVERSATION, ConversationRecord, Conversations
 from deploy.errors import STATUS, BodyTooLarge, ModelNotFound, ReplicaLost, error_answer, error_event
 from deploy.load import LoadMeter
 from deploy.local import check_port_is_free, start_failure
@@ -113,11 +113,14 @@ def test_sessions_of_two_tenants_never_meet(tenant: str, other: str, name: str, 
     mine, theirs = engine_session_id(tenant, name), engine_session_id(other, other_name)
     assert (mine == theirs) == ((tenant, name) == (other, other_name))
     assert name_in_tenant(tenant, mine) == name
+    assert parts_of_session_id(mine) == SessionParts(tenant, name)
     assert name_in_tenant(other, mine) == (name if tenant == other else None)
 
 
 def test_a_session_of_another_making_belongs_to_nobody():
     assert name_in_tenant("t", SessionId("plain")) is None
+    for other in ("plain", "74", "7/s", "ff/s", "xx/s"):
+        assert parts_of_session_id(SessionId(other)) is None
 
 
 class Clock:
@@ -168,7 +171,70 @@ def test_the_least_recently_used_conversation_is_forgotten_first():
     assert len(table.claims(1)) == 1
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 30), st.sampled_from(["use", "learn", "forget"]))))
+def test_a_conversation_is_found_where_it_moved_by_all_its_keys_and_claimed_over_its_old_holder():
+    old, new = (Conversations(limit=10, clock=Clock()) for _ in range(2))
+    old.use("s", "name", claim="claimed", home="home")
+    for said in ("c1", "c2"):
+        old.learn("s", said, claim=f"claim-{said}")
+    record = old.export("s")
+    assert record is not None and old.export("unknown") is None
+    new.adopt("s", record)
+    assert new.name_of("c1") == new.name_of("c2") == "name" and new.holds("s")
+    assert [key for key, _ in new.claims(9)] == [key for key, _ in old.claims(9)] == ["claimed", "claim-c2", "claim-c1"]
+    assert int(new.claims(9)[0][1]) > int(old.claims(9)[0][1]), "in whole seconds, as claims are"
+    again = new.export("s")
+    assert again is not None and (again.home, again.keys) == ("home", ("c1", "c2"))
+
+
+def test_a_record_is_another_one_once_a_turn_was_accepted_or_has_ended():
+    table = Conversations(limit=10, clock=Clock())
+    table.use("s", "name", home="h")
+    records = [table.export("s")]
+    table.use("s", "name", home="h")
+    records.append(table.export("s"))
+    table.learn("s", "c")
+    records.append(table.export("s"))
+    assert len(set(records)) == 3 and table.export("s") == records[2]
+
+
+def test_what_was_said_here_is_newer_than_what_came_with_a_move():
+    table, elsewhere = (Conversations(limit=10, clock=Clock()) for _ in range(2))
+    elsewhere.use("s", "name")
+    for number in range(KEYS_PER_CONVERSATION):
+        elsewhere.learn("s", f"there{number}")
+    elsewhere.learn("s", "shared")
+    table.use("t", "other")
+    table.learn("t", "shared")
+    for _ in range(9):
+        table.use("s", "name")
+    for said in ("first here", "here"):
+        table.learn("s", said)
+    record = elsewhere.export("s")
+    assert record is not None
+    table.adopt("s", record)
+    assert (table.name_of("here"), table.name_of("shared")) == ("name", "other")
+    assert table.name_of(f"there{KEYS_PER_CONVERSATION - 1}") == "name" and table.name_of("there1") is None
+    kept = table.export("s")
+    assert kept is not None and kept.keys[-1] == "here" and len(kept.keys) == KEYS_PER_CONVERSATION
+    assert kept.last_used_s == 10.0, "its own use here was later"
+
+
+def test_a_session_that_moves_in_takes_the_place_of_the_least_recently_used():
+    table, elsewhere = Conversations(limit=2, clock=Clock()), Conversations(limit=9, clock=Clock())
+    for key in ("a", "b"):
+        table.use(key, key)
+    elsewhere.use("s", "s")
+    record = elsewhere.export("s")
+    assert record is not None
+    table.adopt("s", record)
+    assert [table.holds(key) for key in "abs"] == [False, True, True]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.integers(0, 30), st.sampled_from(["use", "learn", "forget", "adopt"]))
+    )
+)
 def test_the_table_never_outgrows_its_limits_and_never_points_nowhere(acts: list[tuple[str, int, str]]):
     table = Conversations(limit=3, clock=Clock())
     for session, said, act in acts:
@@ -176,6 +242,9 @@ def test_the_table_never_outgrows_its_limits_and_never_points_nowhere(acts: list
             table.use(session, session)
         elif act == "learn":
             table.learn(session, f"c{said}")
+        elif act == "adopt":
+            keys = tuple((f"c{number}", f"c{number}") for number in range(said, min(said + 4, 31)))
+            table.adopt(session, ConversationRecord(session, session, "", float(said), keys))
         else:
             table.forget(session)
     found = [table.name_of(f"c{said}") for said in range(31)]

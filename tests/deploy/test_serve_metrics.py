@@ -68,4 +68,5 @@ def test_rays_agent_exports_gauges_for_as_long_as_the_replica_lives(url: str):
     time.sleep(25.0)  # a gauge that is not set again is gone after twice Ray's report interval of 10 s
     found = gauges()
     assert {s.labels["kind"] for s in found} == {"active", "warm", "shared", "cached", "free"}
-    assert all(s.value == 2 * 1600 for s in found if s.labels["kind"] == "warm")
+    warm = [s for s in found if s.labels["kind"] == "warm" and s.labels["tier"] == "device"]
+    assert warm and all(s.value == 2 * 1600 for s in warm)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import pytest
-from fake_device import Clock, FakeDevice, drain, fake_engine, small_config
+from fake_device import Clock, FakeDevice, digest_of, drain, fake_engine, small_config
 from tiny_models import loaded_model
 
 from loopserve.dialogue import FinishReason, SamplingParams, SessionId, TurnEnded, TurnRequest
@@ -172,3 +172,26 @@ def test_a_step_is_told_before_the_failure_of_the_one_launched_after_it():
     with pytest.raises(RuntimeError, match="the device is gone"):
         engine.step()
     assert len(tokens) == before + 1
+
+
+def test_what_is_moved_while_a_step_is_in_flight_is_copied_before_its_place_is_written():
+    """An idle session leaves the device between two steps; the step that is planned ahead next may get one of its blocks."""
+    config = small_config(kv_blocks=10, host_blocks=20, launch_ahead=True)
+    engine, device = fake_engine(config)
+    idle = TurnRequest(SessionId("idle"), tuple(i % 23 for i in range(60)), SamplingParams(max_tokens=1, seed=1))
+    engine.submit(idle, lambda _: None)
+    drain(engine)
+    busy = replace(idle, session_id=SessionId("busy"), prompt_ids=(5,) * 40)
+    engine.submit(replace(busy, sampling=SamplingParams(max_tokens=80, seed=1, ignore_eos=True)), lambda _: None)
+    for _ in range(12):
+        engine.step()
+    assert engine._in_flight is not None
+    while engine._cache.pool.num_free:  # only what the idle session gives up is free then
+        engine._cache.extend([], 1)
+    assert engine._sessions.evict_one()
+    for _ in range(40):
+        engine.step()
+    branch = engine._sessions.get(SessionId("idle")).branches[0]
+    assert branch.table.num_host_blocks == 4
+    content = device.content(branch.table.blocks, branch.table.num_tokens)
+    assert content[-1].digest == digest_of(branch.token_ids[: branch.table.num_tokens], "")

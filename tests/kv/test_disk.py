@@ -85,6 +85,21 @@ def test_block_that_lies_twice_in_an_image_is_stored_once(fleet):
     assert same(tier.load(S, ""), replace(image, keys=keys, values=values))
 
 
+def test_block_that_two_engines_stored_at_the_same_time_is_shared_and_forgotten_like_any(fleet):
+    tier, other, third = fleet.tier(), fleet.tier(), fleet.tier()
+    files = fleet.files(tier)
+    tier.claim(S, "")
+    files.counted, files.num_operations = ("touch",), 0
+    files.before = once_at(1, lambda: other.save(conversation("t", BLOCK)))  # it has just looked what is there
+    tier.save(conversation("s", BLOCK))
+    assert len(fleet.stored_blocks()) == 2
+    assert third.save(conversation("u", BLOCK)).num_blocks_shared == 1
+    for engine, name in ((tier, S), (other, T), (third, U)):
+        engine.drop(name, "")
+    assert third.save(conversation("u", BLOCK)).num_blocks_written == 1
+    assert same(third.load(U, ""), conversation("u", BLOCK))
+
+
 def test_tenants_share_nothing(fleet):
     tier = fleet.tier()
     one = tier.save(conversation("s", 2 * BLOCK, salt="a"))
@@ -328,6 +343,11 @@ def test_late_writer_is_refused_and_leaves_no_trace(fleet):
     assert fleet.contents("sessions", "packs") == before
 
 
+def clock_goes_back(tier: DiskTier) -> None:
+    """The file system's clock is set right: what begins now has lower numbers than what was dropped before."""
+    tier._files.time.advance(-3600)
+
+
 def just_before_link(files: ShakyFiles, act: Callable[[], None]) -> None:
     """Something happens when the next manifest has been written and does not have its name yet."""
 
@@ -355,6 +375,7 @@ def just_before_link(files: ShakyFiles, act: Callable[[], None]) -> None:
         ),  # and its base still there
         lambda other: other.drop(S, ""),
         lambda other: (other.drop(S, ""), other.save(conversation("s", 5, seed=8))),
+        lambda other: (other.drop(S, ""), clock_goes_back(other), other.save(conversation("s", 5, seed=8))),
     ],
 )
 def test_writer_that_stops_before_its_last_step_has_written_nothing(fleet, meanwhile):
@@ -445,17 +466,30 @@ def test_least_recently_saved_sessions_make_room(fleet):
     fleet.quota_bytes = 60_000
     tier, other = fleet.tier(), fleet.tier()
     names = [SessionId(f"s{number}") for number in range(8)]
-    for number, name in enumerate(names):
-        (other if number == 1 else tier).save(conversation(name, 8 * BLOCK, seed=number))
+    for number in (5, 1, 3, 7, 0, 4, 2, 6):
+        (other if number == 3 else tier).save(conversation(names[number], 8 * BLOCK, seed=number))
         fleet.time.advance(1)
     other.heartbeat()
-    tier.save(conversation(names[0], 8 * BLOCK, seed=0, num_turns=2))  # now the most recently saved
+    tier.save(conversation(names[5], 8 * BLOCK, seed=5, num_turns=2))  # now the most recently saved
     wanted = fleet.quota_bytes - tier.used_bytes + 8000
-    freed = tier.make_room(wanted, keep=[(names[2], "")])
+    freed = tier.make_room(wanted, keep=[(names[7], "")])
     assert freed.is_enough and freed.num_sessions == 2 and freed.num_bytes >= 8000
-    assert {stored.session_id for stored in tier.sessions()} == {names[0], names[1], names[2], *names[5:]}
+    assert {stored.session_id for stored in tier.sessions()} == set(names) - {names[1], names[0]}
     assert tier.used_bytes + wanted <= fleet.quota_bytes
     assert_tidy(fleet, tier)
+
+
+def test_only_what_no_other_session_needs_counts_as_room(fleet):
+    fleet.quota_bytes = 20_000
+    tier = fleet.tier()
+    for name, num_turns in ((S, 1), (T, 2)):
+        tier.save(conversation(name, 12 * BLOCK, num_turns=num_turns))
+        fleet.time.advance(1)
+    wanted = fleet.quota_bytes - tier.used_bytes + 3000
+    assert tier.make_room(wanted, keep=[(T, "")]).num_sessions == 0, (
+        "the older one alone would free no more than its manifest"
+    )
+    assert tier.make_room(wanted).num_sessions == 2
 
 
 def test_no_session_goes_where_all_would_not_be_enough(fleet):
@@ -474,6 +508,45 @@ def test_sessions_go_where_the_file_system_is_nearly_full(fleet):
     assert tier.make_room(500) == type(tier.make_room(500))(0, 0, True)
     freed = tier.make_room(5000)
     assert freed.is_enough and freed.num_sessions == 1
+
+
+def test_what_a_save_is_about_to_name_is_not_removed_by_others(fleet):
+    tier, other = fleet.tier(), fleet.tier()
+    other.save(conversation("t", BLOCK))
+    other.release(T, "")
+    there: list[int] = []
+
+    def others_turn() -> None:
+        other.drop(T, "")
+        other.make_room(0)
+        there.append(len(fleet.paths("packs")))
+
+    just_before_link(fleet.files(tier), others_turn)
+    tier.claim(S, "")
+    just_before_link(fleet.files(tier), others_turn)
+    tier.save(conversation("s", 2 * BLOCK))
+    assert there == [2], "one that is shared, and one that was just written"
+    assert same(tier.load(S, ""), conversation("s", 2 * BLOCK))
+
+
+def test_pack_that_somebody_is_about_to_remove_is_found_all_the_same(fleet):
+    tier, other = fleet.tier(), fleet.tier()
+    tier.save(conversation("s", BLOCK))
+    (pack,) = fleet.paths("packs")
+    doomed = pack.with_name(f"{pack.name.removesuffix('.safetensors')}.{other._engines.token}.doomed")
+    pack.rename(doomed)
+    assert same(tier.load(S, ""), conversation("s", BLOCK))
+    assert fleet.paths("packs") == [pack]
+
+
+def test_reader_looks_again_where_the_newest_entry_is_no_longer_it(fleet):
+    tier, reader = fleet.tier(), fleet.tier()
+    tier.save(conversation("s", BLOCK))
+    files = fleet.files(reader)
+    files.counted, files.num_operations = ("open",), 0
+    files.before = once_at(1, lambda: tier.release(S, ""))  # what was listed before is still there, but not the newest
+    key = reader._journal.keys()[0]
+    assert reader._journal.newest(key).act == "release"
 
 
 def test_shared_pack_stays_until_its_last_session_goes(fleet):

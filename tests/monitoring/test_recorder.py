@@ -4,13 +4,14 @@ from collections import Counter
 
 import pytest
 
+from deploy.handoff.records import Result
 from loopserve.dialogue import FinishReason, Mode, QualityReport, SessionId, TurnUsage
-from loopserve.stats import BudgetDemand, MemoryStats, Occupancy, StepStats, TokenGap, TurnStats
+from loopserve.stats import BudgetDemand, MemoryStats, Occupancy, PressureCounts, StepStats, TokenGap, TurnStats
 from monitoring import catalogue as c
 from monitoring.catalogue import CATALOGUE, Kind, Metric, Origin, turn_bucket
 from monitoring.exposition import Part, PrometheusSink, page
 from monitoring.ray_metrics import RaySink
-from monitoring.recorder import Recorder, record_memory
+from monitoring.recorder import MemoryRecorder, Recorder
 
 
 class Log:
@@ -99,27 +100,79 @@ def test_step_is_counted_by_phase_and_every_gap_by_its_turn():
 
 def memory(**changes) -> MemoryStats:
     given = {
-        "num_running_turns": 2, "num_waiting_turns": 1, "max_running_turns": 4, "block_bytes": 10,
-        "blocks": Occupancy(100, 20, 30, 5, 15, 30), "num_active_sessions": 2, "num_warm_sessions": 3,
-        "active_tokens": 400, "warm_tokens": 500,
+        "num_running_turns": 2, "num_waiting_turns": 1, "max_running_turns": 4, "num_compact_turns": 1,
+        "block_bytes": 10, "device_bytes": 1234,
+        "blocks": Occupancy(100, 20, 30, 5, 15, 30, shared_active=2), "host_blocks": Occupancy(60, 40, 8, 2, 3, 7),
+        "num_active_sessions": 2, "num_warm_sessions": 3,
+        "active_tokens": 400, "warm_tokens": 500, "computed_tokens": 1056,
         "demand": (BudgetDemand(8, 60, 70), BudgetDemand(16, 100, 110), BudgetDemand(None, 250, 300)),
-        "budget_tokens": 8, "budget_ceiling_tokens": 8, "budget_max_tokens": 16, "budget_floor_tokens": 8,
+        "budget_tokens": 16, "compact_budget_tokens": 8, "budget_ceiling_tokens": 8, "budget_max_tokens": 16, "budget_floor_tokens": 8,
     }  # fmt: skip
     return MemoryStats(**(given | changes))
 
 
-def test_memory_becomes_bytes_by_kind_and_the_whole_demand_curve():
+def test_memory_becomes_bytes_by_tier_and_kind_and_the_whole_demand_curve():
     log = Log()
-    record_memory(log, memory())
-    kinds = {key[1]: value for key, value in log.gauges.items() if key[0] == "loopserve_kv_bytes"}
-    assert kinds == {"active": 200, "warm": 300, "shared": 50, "cached": 150, "free": 300}
-    assert sum(kinds.values()) == log.gauges["loopserve_kv_capacity_bytes",] == 1000
+    recorder = MemoryRecorder(log)
+    recorder.record(memory())
+    bytes_ = {key[1:]: value for key, value in log.gauges.items() if key[0] == "loopserve_kv_bytes"}
+    device, host = ({kind: n for (tier, kind), n in bytes_.items() if tier == of} for of in ("device", "host"))
+    assert device == {"active": 200, "warm": 300, "shared": 50, "cached": 150, "free": 300}
+    assert host == {"active": 400, "warm": 80, "shared": 20, "cached": 30, "free": 70}
+    assert sum(device.values()) == log.gauges["loopserve_kv_capacity_bytes",] == 1000
+    assert log.gauges["loopserve_kv_device_bytes",] == 1234
     assert log.gauges["loopserve_kv_demand_bytes", "active", "full"] == 250
-    assert log.gauges["loopserve_kv_working_set_bytes", "active"] == 60
-    assert log.gauges["loopserve_compression_ratio",] == pytest.approx(60 / 250)
-    record_memory(log, memory(budget_tokens=16, budget_ceiling_tokens=None))
-    assert log.gauges["loopserve_kv_working_set_bytes", "active"] == 100
+    assert log.gauges["loopserve_budget_ceiling_tokens",] == 8
+    recorder.record(memory(budget_ceiling_tokens=None))
     assert log.gauges["loopserve_budget_ceiling_tokens",] == 16
+
+
+def test_the_working_set_is_that_of_the_budget_which_compact_turns_have():
+    log = Log()
+    MemoryRecorder(log).record(memory())
+    assert (log.gauges["loopserve_budget_tokens",], log.gauges["loopserve_compact_budget_tokens",]) == (16, 8)
+    assert log.gauges["loopserve_kv_working_set_bytes", "active"] == 60
+    assert log.gauges["loopserve_kv_working_set_bytes", "warm"] == 70
+    MemoryRecorder(log).record(memory(compact_budget_tokens=16))
+    assert log.gauges["loopserve_kv_working_set_bytes", "active"] == 100
+
+
+def test_tokens_are_logical_physical_by_tier_and_compressed():
+    log = Log()
+    MemoryRecorder(log).record(memory())
+    assert log.gauges["loopserve_logical_tokens", "active"] == 400
+    assert log.gauges["loopserve_physical_tokens", "device"] == 55 * 16
+    assert log.gauges["loopserve_physical_tokens", "host"] == 50 * 16
+    assert log.gauges["loopserve_compression_ratio",] == pytest.approx(1056 / (22 * 16))  # of active turns alone
+    assert (log.gauges["loopserve_turns_compact",], log.gauges["loopserve_turns_running",]) == (1, 2)
+
+
+def steps(log: Log) -> dict[str, float]:
+    return {key[1]: value for key, value in log.counts.items() if key[0] == "loopserve_pressure_steps_total"}
+
+
+def test_pressure_steps_are_there_from_the_start_and_counted_by_what_was_added_since_the_last_look():
+    log = Log()
+    recorder = MemoryRecorder(log)
+    names = ["reclaimed_prefix_blocks", "offloaded_session", "dropped_session", "compacted_turn", "lowered_budget"]
+    assert steps(log) == dict.fromkeys(names, 0)
+    for totals in ((7, 2, 1, 0, 0), (7, 2, 1, 0, 0), (9, 3, 1, 4, 5)):
+        recorder.record(memory(pressure=PressureCounts(*totals)))
+        assert steps(log) == dict(zip(names, totals, strict=True))
+
+
+def test_of_two_who_look_at_once_the_one_that_comes_late_takes_nothing_back():
+    log = Log()
+    recorder = MemoryRecorder(log)
+    for total in (3, 8, 5, 9):
+        recorder.record(memory(pressure=PressureCounts(compacted_turns=total)))
+    assert steps(log)["compacted_turn"] == 9
+
+
+def test_hand_offs_are_there_from_the_start_by_every_result():
+    log = Log()
+    Recorder(log)
+    assert {key[1] for key in log.counts if key[0] == "loopserve_handoffs_total"} == set(Result)
 
 
 def test_turn_buckets_cover_every_turn_once():
@@ -181,9 +234,9 @@ def test_rays_gauges_are_set_again_at_every_refresh_and_counters_are_not():
     sink = RaySink([c.TURNS, c.KV_BYTES], api=api, origin=Origin.ENGINE, name="a")
     sink.inc(c.TURNS, 0.0, reason="stop")
     sink.inc(c.TURNS, reason="stop")
-    sink.set(c.KV_BYTES, 5.0, kind="warm")
+    sink.set(c.KV_BYTES, 5.0, tier="host", kind="warm")
     told = [("loopserve_turns", 1.0, {"replica": "a", "reason": "stop"})]
-    gauge = ("loopserve_kv_bytes", 5.0, {"replica": "a", "kind": "warm"})
+    gauge = ("loopserve_kv_bytes", 5.0, {"replica": "a", "tier": "host", "kind": "warm"})
     assert api.told == [*told, gauge]
     sink.refresh()
     assert api.told == [*told, gauge, gauge]

@@ -41,7 +41,7 @@ the head, the token, and (autoscaler v2) restartPolicy Never. */}}
 {{- end }}
 {{- end }}
 
-{{/* Nothing large travels through Ray's object store; by itself it would take 30 % of a pod's memory. */}}
+{{/* Sessions that are handed over travel through Ray's object store in pieces of 8 MiB; by itself it would take 30 % of a pod's memory. */}}
 {{- define "loopserve.objectStoreBytes" -}}
 209715200
 {{- end }}

@@ -29,4 +29,4 @@ class DiskFailed(TierError):
 
 
 class DiskFull(DiskFailed):
-    """There is no room. What was saved before is as it was."""
+    """There is no room, by the quota or on the file system; `make_room` may help. By the quota nothing was written."""

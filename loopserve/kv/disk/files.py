@@ -74,7 +74,8 @@ class Files:
     def names(self, path: Path) -> list[str]:
         """What lies in a directory, in no order; nothing where that is not there."""
         try:
-            return [item.name for item in path.iterdir()]
+            with os.scandir(path) as found:
+                return [item.name for item in found]
         except FileNotFoundError:
             return []
 

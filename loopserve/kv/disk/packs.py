@@ -7,7 +7,8 @@
 
 The packs are their own index: their headers say which blocks a tenant has, and are read when it first saves. A pack is written under a
 temporary name and never changes. When it goes is decided in `room`. Full blocks and partly filled ones lie in packs of their own: the
-latter are superseded by the next save, and their packs with them.
+latter are superseded by the next save, and their packs with them. Two engines that store one block at the same moment store it twice; and
+a pack stays whole while one of its blocks is needed, so what was dropped may lie there beside what another session of the tenant shares.
 """
 
 import contextlib
@@ -107,7 +108,8 @@ class _TenantIndex:
     def forget(self, packs: set[str]) -> None:
         for pack in packs:
             for block in self.packs.pop(pack):
-                if self.places[block].pack == pack:
+                place = self.places.get(block)  # None: it lay in two packs, and the other one was forgotten before
+                if place is not None and place.pack == pack:
                     del self.places[block]
 
 
