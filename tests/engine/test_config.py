@@ -80,7 +80,7 @@ def test_value_of_another_type_is_refused_by_the_variables_name(name, text):
     [
         ("KV_BLOKS", "no setting 'kv_bloks'; known: .*kv_blocks"),
         ("DECODE__BUDGET", "no setting 'budget'; known: .*budget_tokens"),
-        ("DECODER__BUDGET_TOKENS", "no group 'decoder'; known: decode, prefill"),
+        ("DECODER__BUDGET_TOKENS", "no group 'decoder'; known: decode, disk, prefill"),
         ("MODEL__NAME", "no group 'model'"),
         ("DECODE", "'decode' is a group"),
         ("DECODE__BUDGET_TOKENS__X", "no group"),
