@@ -66,6 +66,7 @@ class Part:
     seconds: float  # its budget on a GPU
     module: str | None = None
     takes_proof: bool = False  # asks for green tests itself, and takes the session's word for it
+    flags: tuple[str, ...] = ()  # at full size
 
 
 PARTS = (
@@ -78,6 +79,8 @@ PARTS = (
     Part("decode_step", 75, "benchmarks.engine.decode_step"),
     Part("turns", 65, "benchmarks.engine.turns"),
     Part("profile", 35, "benchmarks.engine.profile"),
+    # Takes two minutes, which a whole session leaves it only now and then: `--parts tests capacity`. 98,304 tokens take 12 GiB.
+    Part("capacity", 5, "benchmarks.memory.capacity", flags=("--contexts", "32768", "--dense-tokens", "98304")),
 )
 
 
@@ -174,7 +177,7 @@ class Session:
         file = self._folder / f"{part.name}.json"
         command = [sys.executable, "-m", part.module, "--device", self._args.device, "--out", str(file)]
         command += ["--seconds-max", f"{max(1.0, allowed_s - _TO_END_S):.0f}"]
-        command += ["--tiny"] if self._args.tiny else []
+        command += ["--tiny"] if self._args.tiny else part.flags
         command += ["--commit", self._args.commit] if self._args.commit else []
         if part.takes_proof:
             proven = self._proof.is_file()
