@@ -59,7 +59,7 @@ class AtOnce:
     step_bytes: int | None = None  # needed by counted steps beyond that and given back; None: not known on this device
     compact_turns: int = 0
     cached_tokens_min: int = 0  # of any turn, in its prompt: nothing of the histories was computed again
-    coverage: float | None = None  # mean over the turns that measured it
+    coverage: float | None = None  # in decode, mean over the turns that measured it
 
     @property
     def is_at_once(self) -> bool:
@@ -131,10 +131,12 @@ def answer(
         return AtOnce("the histories do not fit")
     known = history.branches[0].token_ids
     sampling = SamplingParams(max_tokens=load.answer_tokens, temperature=0.0, ignore_eos=True)
+    # Questions are computed densely: what is told of coverage is then of decode alone.
+    contract = QualityContract(mode=mode, prefill_method="dense")
     listener = _Listener()
     for name, question in zip(names, questions, strict=True):
         prompt = (*known, *question)
-        request = TurnRequest(SessionId(name), prompt, sampling, QualityContract(mode=mode), cache_salt=name)
+        request = TurnRequest(SessionId(name), prompt, sampling, contract, cache_salt=name)
         try:
             engine.submit(request, listener)
         except LoopServeError as error:

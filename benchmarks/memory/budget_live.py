@@ -1,13 +1,13 @@
 """What a budget does to a running engine: continuous load, and `set_budget` from the full budget down and up again in the middle of it.
 
-Readers hold made dialogues with known answers, all compact: each asks its dialogue's questions one after the other, over the past that was
-told, and takes the next dialogue; nobody pauses. Occupancy is sampled after every step. After a third of the steps the budget's ceiling is
-lowered, after another third lifted again. Every turn must end with the answer's full length, whatever the budget did meanwhile; what it
-answered is scored, by the budget in force while it was answered. Answers go on after their end-of-sequence token, so that there is decode to
-steer; only what stands before it is scored.
+Readers hold made dialogues with known answers, all compact: each asks its dialogue's questions one after the other, over the past that
+was told, and takes the next dialogue; nobody pauses. Occupancy is sampled after every step. After a phase's steps the budget's ceiling is
+lowered, after another's lifted again. Every turn must end with the answer's full length, whatever the budget did meanwhile; what it
+answered is scored, by the budget in force while it was answered. Answers go on after their end-of-sequence token, so that there is
+decode to steer; only what stands before it is scored.
 
     python -m benchmarks.memory.budget_live
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -429,14 +429,14 @@ def notes(args: argparse.Namespace, loaded: LoadedModel, live: Live, engine: Eng
     return [
         f"Broken turns: {len(bad)} of {len(live.turns)}. Preempted: {preempted}. Budgets lowered by the engine itself: "
         f"{pressure.lowered_budgets}.",
-        f"Model: {loaded.name}, {loaded.num_layers} layers. {args.readers} readers without a pause, dialogues of {args.context_tokens} tokens "  # noqa: E501
-        f"of the validation split with known answers, three questions each, {args.answer_tokens} tokens answered, end-of-sequence ignored; dense "  # noqa: E501
-        "prefill, compact turns throughout.",
-        f"The device has {live.samples[0].total_blocks} blocks of {BLOCK_TOKENS} tokens: enough for all readers at the largest budget, or for one "  # noqa: E501
-        "whole conversation. Active: held by turns in the batch, chunks of their prefill included.",
+        f"Model: {loaded.name}, {loaded.num_layers} layers. {args.readers} readers without a pause, dialogues of "
+        f"{args.context_tokens} tokens of the validation split with known answers, three questions each, {args.answer_tokens} tokens "
+        "answered, end-of-sequence ignored; dense prefill, compact turns throughout.",
+        f"The device has {live.samples[0].total_blocks} blocks of {BLOCK_TOKENS} tokens: enough for all readers at the largest budget, "
+        "or for one whole conversation. Active: held by turns in the batch, chunks of their prefill included.",
         f"Coverage is measured after every {args.measure_outputs} outputs, by all keys: a step that measures takes longer.",
-        "A turn whose budget changed while it waited or was answered counts as changed. Few turns a budget: their scores are no quality result, "  # noqa: E501
-        "see `quality/run.py`.",
+        "A turn whose budget changed while it waited or was answered counts as changed. Few turns a budget: their scores are no "
+        "quality result, see `quality/run.py`.",
         *(["FORCED on a machine that was not quiet: not to be published."] if args.force else []),
     ]
 

@@ -18,6 +18,7 @@ Llama-3.1-8B's shape with random weights.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import shlex
 import statistics
@@ -33,7 +34,7 @@ from benchmarks.engine.device import Deadline, describe_device, fill_in, free_by
 from benchmarks.engine.shape import LLAMA_8B, TINY, build_model, weight_bytes
 from benchmarks.machine import Machine, require_quiet, usable_cores
 from benchmarks.memory.at_once import AtOnce, Load, NoModel, answer, settings_for
-from benchmarks.memory.copies import computed_once
+from benchmarks.memory.copies import computed_once, questions_of, text_ids
 from benchmarks.memory.kept import Kept, host_block_bytes, kept, most_blocks
 from benchmarks.report import RESULTS, Table, settings_of, write_result
 from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig, PrefillSparsity
@@ -41,7 +42,6 @@ from loopserve.dialogue import Mode
 from loopserve.kv.image import SessionImage
 from loopserve.loading import LoadedModel, load_model
 from loopserve.reads import num_places
-from loopserve.tuning import dialogue_ids, random_ids
 
 MODELS = ("shipped", "llama-3.1-8b", "tiny")
 _NEWEST_BLOCKS = 1  # of a compact turn, at the least: the one that its next token is written to
@@ -201,9 +201,18 @@ def largest(holds: Callable[[int], bool], most: int) -> int:
 
 
 def measure(
-    loaded: LoadedModel, history: SessionImage, load: Load, variant: Variant, sizes: Sizes, *, seed: int
+    loaded: LoadedModel,
+    history: SessionImage,
+    load: Load,
+    variant: Variant,
+    sizes: Sizes,
+    *,
+    ask: Callable[[int], list[list[int]]],
 ) -> Row | None:
-    """One variant; None where it answers not even one."""
+    """One variant; None where it answers not even one. `ask` makes so many questions."""
+    ceiling = sizes.ceiling(variant)
+    reachable = min(ceiling, sizes.host_max) if variant.is_compact else ceiling
+    questions = ask(reachable + 1)
 
     def asked(number: int, *, with_model: bool) -> AtOnce | None:
         sizing = sizes.sized(variant, number)
@@ -215,7 +224,7 @@ def measure(
             replace(load, conversations=number),
             history,
             mode=variant.mode,
-            questions=_questions(loaded, load, number, seed=seed),
+            questions=questions[:number],
             runner=None if with_model else NoModel(),
         )
 
@@ -223,8 +232,6 @@ def measure(
         found = asked(number, with_model=False)
         return found is not None and found.is_at_once
 
-    ceiling = sizes.ceiling(variant)
-    reachable = min(ceiling, sizes.host_max) if variant.is_compact else ceiling
     number = largest(fits, reachable)
     if number == ceiling:
         limited_by = "bytes"
@@ -332,7 +339,12 @@ def _measured(
         if deadline.is_over:
             return
         each = Load(1, context, args.question_tokens, args.answer_tokens, args.warm_steps, args.steps)
-        history = computed_once(loaded, _history_ids(loaded, each, args))
+        is_random = args.model_shape != "shipped"
+        ids = text_ids(loaded, each.history_tokens, seed=args.seed, is_random=is_random)
+        history = computed_once(loaded, ids)
+        ask = functools.partial(
+            questions_of, loaded, num_tokens=args.question_tokens, seed=args.seed + 1, is_random=is_random
+        )
         sizes = Sizes(
             loaded,
             each,
@@ -343,7 +355,7 @@ def _measured(
         for variant in VARIANTS:
             if deadline.is_over:
                 return
-            yield context, variant.name, measure(loaded, history, each, variant, sizes, seed=args.seed)
+            yield context, variant.name, measure(loaded, history, each, variant, sizes, ask=ask)
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
@@ -353,18 +365,6 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
         replace(row, ratio=row.at_once / dense[row.context_tokens] if row.context_tokens in dense else 0.0)
         for row in rows
     ]
-
-
-def _history_ids(loaded: LoadedModel, each: Load, args: argparse.Namespace) -> list[int]:
-    if args.model_shape == "shipped":
-        return dialogue_ids(loaded, each.history_tokens, seed=args.seed)
-    return random_ids(loaded.vocab_size, each.history_tokens, seed=args.seed)
-
-
-def _questions(loaded: LoadedModel, each: Load, number: int, *, seed: int) -> list[list[int]]:
-    """New tokens of each conversation, all different."""
-    ids = random_ids(loaded.vocab_size, number * each.question_tokens, seed=seed + 1)
-    return [ids[at : at + each.question_tokens] for at in range(0, len(ids), each.question_tokens)]
 
 
 def _give_back(loaded: LoadedModel) -> None:
@@ -483,16 +483,18 @@ def notes(
         "tiny": "a toy",
     }[args.model_shape]
     return [
-        f"Model: {what}; {loaded.num_layers} layers, {loaded.num_heads} query heads over {loaded.num_kv_heads} KV heads of {loaded.head_dim}, "  # noqa: E501
-        f"{loaded.dtype}.",
-        f"Context: at the answer's end, {args.question_tokens} tokens of a question and {args.answer_tokens} of an answer included, for which "  # noqa: E501
-        "every engine has room. Answered at once: all in decode in the same batch, none waits, is preempted or gets less than B, while "
-        f"{args.warm_steps + args.steps} steps go by; tokens/s are of the last {args.steps}.",
+        f"Model: {what}; {loaded.num_layers} layers, {loaded.num_heads} query heads over {loaded.num_kv_heads} KV heads of "
+        f"{loaded.head_dim}, {loaded.dtype}.",
+        f"Context: at the answer's end, {args.question_tokens} tokens of a question and {args.answer_tokens} of an answer "
+        "included, for which every engine has room. Answered at once: all in decode in the same batch, none waits, is preempted or "
+        f"gets less than B, while {args.warm_steps + args.steps} steps go by; tokens/s are of the last {args.steps}.",
         "Allowed: what the dense engine keeps that answers "
-        + " or ".join(f"{args.dense_tokens // context} conversations of {context} tokens" for context in args.contexts)
+        + ", or ".join(f"{args.dense_tokens // context} conversations of {context} tokens" for context in args.contexts)
         + ". Kept: found while all were answered, selections included.",
-        "Histories are computed once a length, exactly, and copied to blocks of each conversation's own; questions differ and are computed.",  # noqa: E501
-        f"Chunks of {args.chunk_tokens} rows. Dense: mode exact, no sketches. Resident and compact: mode sparse, the engine's defaults at that B. Byte ceiling: conversations at "  # noqa: E501
+        "Histories are computed once a length, exactly, and copied to blocks of each conversation's own; questions differ and "
+        "are computed.",
+        f"Chunks of {args.chunk_tokens} rows, questions computed densely; coverage is decode's, measured after every 64th output. Dense: "
+        "mode exact, no sketches. Resident and compact: mode sparse, the engine's defaults at that B. Byte ceiling: conversations at "
         "their least, places or whole context and one block.",
         *(["On a CPU, the device and host memory are the same memory."] if args.device == "cpu" else []),
         "Limited by: why it is not one more conversation.",

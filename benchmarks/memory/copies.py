@@ -17,6 +17,20 @@ from loopserve.engine import Engine
 from loopserve.kv.image import SessionImage
 from loopserve.loading import LoadedModel
 from loopserve.plan import BlockCopy, BlockId
+from loopserve.tuning import dialogue_ids, random_ids
+
+
+def text_ids(loaded: LoadedModel, num_tokens: int, *, seed: int, is_random: bool) -> list[int]:
+    """What is said: made dialogues, or, for models of any vocabulary, random tokens."""
+    if is_random:
+        return random_ids(loaded.vocab_size, num_tokens, seed=seed)
+    return dialogue_ids(loaded, num_tokens, seed=seed)
+
+
+def questions_of(loaded: LoadedModel, num: int, num_tokens: int, *, seed: int, is_random: bool) -> list[list[int]]:
+    """So many different questions, `num_tokens` each."""
+    ids = text_ids(loaded, num * num_tokens, seed=seed, is_random=is_random)
+    return [ids[at : at + num_tokens] for at in range(0, len(ids), num_tokens)]
 
 
 def computed_once(loaded: LoadedModel, token_ids: Sequence[int]) -> SessionImage:
@@ -48,9 +62,9 @@ def computed_once(loaded: LoadedModel, token_ids: Sequence[int]) -> SessionImage
 def give_to_each(engine: Engine, image: SessionImage, names: Sequence[str]) -> bool:
     """Let one idle session in under each name, the name its cache salt too, with the image's KV in blocks of its own.
 
-    On the host's tier as long as there is room, else on the device. The first one's bytes come from the image; the others' are copied from it,
-    block by block. False where the engine has no room for all of them. The engine must not be running.
-    """  # noqa: E501
+    In host memory as long as there is room, else on the device. The first one's bytes come from the image; the others' are copied
+    from it, block by block. False where the engine has no room for all of them. Its thread must not run.
+    """
     first: dict[int, BlockId] = {}
     for name in names:
         # As `Engine.import_session` does it, without a gigabyte of checksums for each of them.

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import describe_machine, require_quiet, usable_cores
-from benchmarks.memory.copies import computed_once
+from benchmarks.memory.copies import computed_once, questions_of, text_ids
 from benchmarks.memory.watch import Traffic, watch_reads, watch_traffic
 from benchmarks.report import RESULTS, Table, settings_of, write_result
 from loopserve.config import BLOCK_TOKENS, DecodeSparsity, EngineConfig
@@ -45,7 +45,6 @@ from loopserve.kv.image import SessionImage, encode
 from loopserve.loading import LoadedModel, load_model
 from loopserve.reads import num_places
 from loopserve.stats import StepStats, TurnStats
-from loopserve.tuning import dialogue_ids, random_ids
 
 _METHOD = "loopserve-decode"  # dense prefill: what differs is decode
 _PATIENCE_S = 1e9
@@ -97,7 +96,9 @@ class Decoded:
 
     step_s: tuple[float, ...]
     traffic: Traffic  # of these steps
-    first: Traffic  # of the steps before: places are filled for the first time
+    first: (
+        Traffic  # of all before: places are filled for the first time, and the questions' prefills read the histories
+    )
     conversations: int
     compact_turns: int
 
@@ -153,8 +154,9 @@ class Conversations:
         self._loaded = loaded
         self._histories = histories
         self._args = args
-        ids = random_ids(loaded.vocab_size, len(histories) * args.question_tokens, seed=args.seed + 1)
-        self._questions = [ids[at : at + args.question_tokens] for at in range(0, len(ids), args.question_tokens)]
+        self._questions = questions_of(
+            loaded, len(histories), args.question_tokens, seed=args.seed + 1, is_random=args.random_text
+        )
 
     def decode(self, policy: Policy) -> Decoded:
         """Let all be answered side by side under a policy. Raises RuntimeError where they are not."""
@@ -163,15 +165,13 @@ class Conversations:
         warm, wanted = self._args.warm_steps, self._args.steps
         step_s: list[float] = []
         with watch_traffic() as traffic:
-            before = start = traffic.copy()
+            before = traffic.copy()
             while len(step_s) < warm + wanted:
-                start_of_step, began = traffic.copy(), time.perf_counter()
+                began = time.perf_counter()
                 if not engine.step():
                     raise RuntimeError(f"{policy.name}: the answers ended before {warm + wanted} steps of all of them")
                 seconds = time.perf_counter() - began
                 if log.decoded == num:
-                    if not step_s:
-                        start = start_of_step  # the prefills' reads are not decode's
                     step_s.append(seconds)
                     if len(step_s) == warm:
                         before = traffic.copy()
@@ -181,7 +181,7 @@ class Conversations:
         compact = engine.memory().num_compact_turns
         if compact != (num if policy.is_compact else 0):
             raise RuntimeError(f"{policy.name}: {compact} of {num} turns were compact")
-        return Decoded(tuple(step_s[warm:]), found, before.since(start), num, compact)
+        return Decoded(tuple(step_s[warm:]), found, before, num, compact)
 
     def reads(self, policy: Policy) -> tuple[float, float]:
         """Share of the truly heaviest tokens that was read, and attention weight, over the same steps as `decode` counts."""
@@ -345,7 +345,10 @@ def run_benchmark(args: argparse.Namespace, command: Sequence[str] = (), *, load
     load = require_quiet(forced=args.force)
     torch.set_num_threads(args.threads)
     loaded = load_model(EngineConfig(model=args.model, device="cpu", dtype="float32")) if loaded is None else loaded
-    texts = [_history_ids(loaded, args, seed=args.seed + 10 + index) for index in range(args.conversations)]
+    texts = (
+        text_ids(loaded, args.context_tokens, seed=args.seed + 10 + index, is_random=args.random_text)
+        for index in range(args.conversations)
+    )
     conversations = Conversations(loaded, [computed_once(loaded, ids) for ids in texts], args=args)
     found = [Found(policy) for policy in policies(args.scorings, args.recalls, args.refreshes)]
     for number in range(args.rounds):
@@ -374,12 +377,6 @@ def run_benchmark(args: argparse.Namespace, command: Sequence[str] = (), *, load
         tables=[table(rows)],
         notes=[*notes(args, loaded, dense), f"`{said}`"],
     )
-
-
-def _history_ids(loaded: LoadedModel, args: argparse.Namespace, *, seed: int) -> list[int]:
-    if args.random_text:
-        return random_ids(loaded.vocab_size, args.context_tokens, seed=seed)
-    return dialogue_ids(loaded, args.context_tokens, seed=seed)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -428,20 +425,22 @@ def notes(args: argparse.Namespace, loaded: LoadedModel, dense: Estimate | None)
         []
         if dense is None
         else [
-            f"Score: `loopserve eval`'s, in per cent, {_METHOD} at B {args.quality_budget}, {dense.num} questions over {args.quality_dialogues} "  # noqa: E501
-            f"dialogues of the validation split, seed {args.quality_seed}, {args.quality_tokens} tokens each; dense has {100 * dense.value:.1f}. "  # noqa: E501
-            "Differences are paired, with their 95 % interval.",
+            f"Score: `loopserve eval`'s, in per cent, {_METHOD} at B {args.quality_budget}, {dense.num} questions over "
+            f"{args.quality_dialogues} dialogues of the validation split, seed {args.quality_seed}, {args.quality_tokens} tokens "
+            f"each; dense has {100 * dense.value:.1f}. Differences are paired, with their 95 % interval.",
         ]
     )
     return [
         f"Model: {loaded.name}, {loaded.num_layers} layers, {loaded.num_heads} query heads over {loaded.num_kv_heads} KV heads of "
         f"{loaded.head_dim}, {loaded.dtype}: a token's KV is {a_token / 1024:.1f} KiB.",
-        f"{args.conversations} conversations of {args.context_tokens} tokens side by side, B {args.budget}, {args.steps} decode steps after "  # noqa: E501
-        f"{args.warm_steps} that do not count, {args.rounds} rounds, in turns. A policy that chooses every 4 or 16 outputs also does so after "  # noqa: E501
+        f"{args.conversations} conversations of {args.context_tokens} tokens side by side, B {args.budget}, {args.steps} decode "
+        f"steps after {args.warm_steps} that do not count, {args.rounds} rounds, in turns. A policy that chooses every 4 or 16 outputs "
+        "also does so after "
         f"{' and '.join(map(str, DecodeSparsity().early_refreshes))}.",
-        "Top B read: of the B tokens, sinks and the newest left aside, that the query's exact attention makes heaviest for the KV head, the "  # noqa: E501
-        "share that it read. What each read is watched in a run of its own.",
-        "Staged: keys and values of whole histories, read to score by keys or, after every 64th output, to measure coverage; values come along.",  # noqa: E501
+        "Top B read: of the B tokens, sinks and the newest left aside, that the query's exact attention makes heaviest for the KV "
+        "head, the share that it read. What each read is watched in a run of its own.",
+        "Staged: keys and values of whole histories, read to score by keys or, after every 64th output, to measure coverage; values "
+        "come along. A CPU brings while nothing else is computed: what late recall hides behind the step's work does not show here.",
         *suite,
         *(["FORCED on a machine that was not quiet: not to be published."] if args.force else []),
     ]

@@ -2,16 +2,16 @@
 
     on the device       nothing is brought
     in host memory      its blocks are moved to the device before the prompt's new rows are computed
-    on disk             another engine saved it and has stopped; the files are not in the page cache, as far as the system lets us see to that
+    on disk             another engine saved it and has stopped; the system was asked to drop the files from its page cache
     computed again      nobody has it: the whole prompt is computed
 
-Each place is an engine of its own that has been in use: its pool was written to before. A history is computed once a length and imported under a
-name and a cache salt of its own for every sample, so that none finds another's blocks; new tokens differ from sample to sample. A time runs
-from the submission to the first token, as the engine tells it, over threads and all. Places take turns. The crossover is the
-length from which on bringing KV is sooner than computing it, at that length and at every longer one measured.
+Each place is an engine of its own that has been in use: its pool was written to before. A history is computed once a length and
+imported under a name and a cache salt of its own for every sample, so that none finds another's blocks; new tokens differ from sample
+to sample. A time runs from the submission to the first token, as the engine tells it, over threads and all. Places take turns. The
+crossover is the length from which on bringing KV is sooner than computing it, there and at every longer history measured.
 
     python -m benchmarks.memory.warm_return
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import describe_machine, require_quiet, usable_cores
-from benchmarks.memory.copies import computed_once
+from benchmarks.memory.copies import computed_once, text_ids
 from benchmarks.report import RESULTS, Table, settings_of, write_result
 from loopserve.config import BLOCK_TOKENS, DiskSettings, EngineConfig
 from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnEnded, TurnEvent, TurnRequest
@@ -39,7 +39,6 @@ from loopserve.handoff import kv_format
 from loopserve.kv.image import SessionImage, encode
 from loopserve.loading import LoadedModel, load_model
 from loopserve.stats import StepStats, TurnStats
-from loopserve.tuning import dialogue_ids, random_ids
 
 _PATIENCE_S = 1e6  # nothing is moved, saved or given up behind a sample's back
 _ANSWER_S_MAX = 600.0
@@ -219,24 +218,18 @@ def measure(loaded: LoadedModel, args: argparse.Namespace, settings: EngineConfi
 def _at_length(
     loaded: LoadedModel, sites: Sequence[Site], length: int, args: argparse.Namespace, *, is_first: bool
 ) -> Mapping[Place, list[Sample]]:
-    history = computed_once(loaded, _history_ids(loaded, length, args))
+    history = computed_once(loaded, text_ids(loaded, length, seed=args.seed, is_random=args.random_text))
     found: dict[Place, list[Sample]] = {site.place: [] for site in sites}
     for turn in range(args.repeats + 1):  # the first does not count: its length is new to every pool
         for site in (*sites[turn % len(sites) :], *sites[: turn % len(sites)]):
             if turn == 0 and site.place is Place.NOWHERE and not is_first:
                 continue  # computing again is long, and gains little from having been done before
             name = f"{site.place} {length} {turn}"
-            new_ids = random_ids(loaded.vocab_size, args.new_tokens, seed=args.seed + turn + 1)
+            new_ids = text_ids(loaded, args.new_tokens, seed=args.seed + turn + 1, is_random=args.random_text)
             sample = site.sample(history, new_ids, name=name, mode=Mode(args.mode))
             if turn:
                 found[site.place].append(sample)
     return found
-
-
-def _history_ids(loaded: LoadedModel, length: int, args: argparse.Namespace) -> list[int]:
-    if args.random_text:
-        return random_ids(loaded.vocab_size, length, seed=args.seed)
-    return dialogue_ids(loaded, length, seed=args.seed)
 
 
 def row_of(length: int, place: Place, samples: Sequence[Sample]) -> Row:
@@ -330,11 +323,12 @@ def notes(args: argparse.Namespace, loaded: LoadedModel, rows: Sequence[Row]) ->
     counts = {row.samples for row in rows}
     return [
         f"Model: {loaded.name}, {loaded.num_layers} layers, {loaded.num_heads} query heads over {loaded.num_kv_heads} KV heads of "
-        f"{loaded.head_dim}, {loaded.dtype}; made dialogues{' of random tokens' if args.random_text else ''}.",
-        f"{args.new_tokens} new tokens, mode {args.mode}, {', '.join(map(str, sorted(counts)))} samples a place and length, places in turns, "  # noqa: E501
-        "after one that does not count. Engines run on threads of their own, as in a service.",
-        "On a CPU the device and host memory are the same memory: what lies in host memory is copied within it. What came from disk lies in host "  # noqa: E501
-        "memory before it moves to the device. Files were synchronised and the page cache was asked to drop them before each load.",
+        f"{loaded.head_dim}, {loaded.dtype}; {'random tokens' if args.random_text else 'made dialogues'}.",
+        f"{args.new_tokens} new tokens, mode {args.mode}, {', '.join(map(str, sorted(counts)))} samples a place and length, places "
+        "in turns, after one that does not count. Engines run on threads of their own, as in a service.",
+        "On a CPU the device and host memory are the same memory: what lies in host memory is copied within it. What came from disk "
+        "lies in host memory before it moves to the device. Before each load the system was asked to write its files and to drop them "
+        "from the page cache.",
         *(["FORCED on a machine that was not quiet: not to be published."] if args.force else []),
     ]
 
