@@ -18,12 +18,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 
-from loopserve.break_even import BreakEven
 from loopserve.config import DiskSettings
 from loopserve.dialogue import SessionId
-from loopserve.errors import LoopServeError
+from loopserve.errors import EngineUnavailable, LoopServeError
 from loopserve.kv.disk import DiskFull, DiskTier, LeasedElsewhere, LeaseLost, TierError
 from loopserve.kv.image import ImageRefused, SessionImage
+from loopserve.move_cost import MoveCost
 from loopserve.stats import DiskCounts
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Archive:
         self._quiet_until_s = 0.0
         self._threads: list[threading.Thread] = []
         self._counts = DiskCounts()
-        self.loading = BreakEven(fixed_s=0.01, seconds_per_byte=1 / 500e6)  # until loads were measured: a slow disk
+        self.loading = MoveCost(fixed_s=0.01, seconds_per_byte=1 / 500e6)  # until loads were measured: a slow disk
         self._known = {(found.session_id, found.salt): found.num_bytes for found in disk.sessions()}
 
     def start(self) -> None:
@@ -119,7 +119,7 @@ class Archive:
         with self._work:
             jobs, self._jobs = list(self._jobs), deque()
         for job in jobs:
-            job.done.cancel()
+            job.done.set_exception(EngineUnavailable("The engine is shutting down."))
         self._disk.close()
 
     def salt_of(self, session_id: SessionId) -> str | None:

@@ -104,13 +104,20 @@ class Context:
         return bool(self.stretches)
 
     def view(self, plan: "AttentionPlan", layer: int) -> LayerView:
-        """What a layer reads of all columns; of a far context until the next one is viewed."""
+        """What a layer reads of all columns; of a far context until the next one is read."""
         if not self.is_far:
             return LayerView(plan.store.keys[layer], plan.store.values[layer], self.slots, self.run_start)
         assert plan.stage is not None, "a far context is read through the stage"
-        num_tokens = self.slots.shape[0]
-        keys, values = plan.stage.keys_and_values(layer, self.stretches, num_tokens)
-        return LayerView(keys, values, torch.arange(num_tokens, device=keys.device), 0)
+        keys, values = plan.stage.keys_and_values(layer, self.stretches, self.slots.shape[0])
+        return LayerView(keys, values, torch.arange(len(keys), device=keys.device), 0)
+
+    def keys(self, plan: "AttentionPlan", layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys for scoring, [S, Hkv, D], and where in them the columns lie, int64 [N]; see `view`."""
+        if not self.is_far:
+            return plan.store.keys[layer], self.slots
+        assert plan.stage is not None, "a far context is read through the stage"
+        keys = plan.stage.keys(layer, self.stretches, self.slots.shape[0])
+        return keys, torch.arange(len(keys), device=keys.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,7 @@ class FarRows:
     """Decode rows whose turns are compact."""
 
     working_sets: WorkingSets
+    turn_rows: torch.Tensor  # int64 [R], of the turn table
     contexts: Sequence[Context]  # of each row
     recalls_late: bool
 
@@ -177,8 +185,7 @@ class SparseDecodeRow:
     selection: TurnSelection
     order: SparseDecode
     measured: Measured
-    turn_row: torch.Tensor  # int64 [1], of the turn table
-    working_sets: WorkingSets | None = None  # None: the context is on the device
+    far: FarRows | None = None  # this row alone; None: the context is on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,13 +338,12 @@ class _FarReach:
 
     def locate(self, columns: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """In the turns' places, where they lie in host memory."""
-        group, working_sets, late = self.group, self.far.working_sets, self.far.recalls_late
-        return working_sets.locate(self.layer, group.turn_rows, group.ranked.slots, columns, valid, late=late)
+        far, slots = self.far, self.group.ranked.slots
+        return far.working_sets.locate(self.layer, far.turn_rows, slots, columns, valid, late=far.recalls_late)
 
     def keys(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """By way of the stage."""
-        view = self.far.contexts[row].view(self.plan, self.layer)
-        return view.keys, view.slots
+        return self.far.contexts[row].keys(self.plan, self.layer)
 
 
 def _sparse_decode(
@@ -354,11 +360,11 @@ def _sparse_decode(
     if order.measure or order.choose:
         by_sketch = plan.store.sketches[layer] if plan.store.sketches else None
         reads_keys = order.measure or by_sketch is None or selection.config.scoring == "exact"
-        view = decode.context.view(plan, layer) if reads_keys or not decode.context.is_far else None
+        keys, columns_at = decode.context.keys(plan, layer) if reads_keys else (key_pool, slots)
         coverage = selection.refresh(
             layer,
-            key_pool if view is None else view.keys,
-            slots if view is None else view.slots,
+            keys,
+            columns_at,
             budget_tokens=order.budget_tokens,
             scale=scale,
             measure=order.measure,
@@ -374,13 +380,12 @@ def _sparse_decode(
     columns, valid = selection.kept_columns(layer, num_tokens)
     kept, readable = columns[None], None if valid is None else valid[None]  # [1, Hs, M]
     left_out = selection.left_out(layer, num_tokens)
-    if decode.working_sets is None:
+    far = decode.far
+    if far is None:
         kept_slots = slots[kept]
     else:
-        late = order.recalls_late and left_out is None  # what is left out was weighed: nothing else may be missing
-        kept_slots, readable = decode.working_sets.locate(
-            layer, decode.turn_row, slots[None], kept, readable, late=late
-        )
+        late = far.recalls_late and left_out is None  # what is left out was weighed: nothing else may be missing
+        kept_slots, readable = far.working_sets.locate(layer, far.turn_rows, slots[None], kept, readable, late=late)
     return paged_decode(query, key_pool, value_pool, kept_slots, readable, scale=scale, left_out=left_out)
 
 

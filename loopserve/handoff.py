@@ -107,8 +107,9 @@ class Porter:
         """An idle session as it is. Raises NotFound, and Overloaded while a turn of it is here."""
         with self._lock:
             self._check_idle(session_id)
-            outline, copies = Outline.of(self._sessions.get(session_id)), self._cache.take_copies()
-        self._runner.copy(copies)
+            self._sessions.get(session_id)
+        outline = self.outline_of(session_id)
+        assert outline is not None, "only this thread admits turns and forgets sessions"
         return outline.put_together([self._runner.read(outline.blocks)])
 
     def take_over(self, image: SessionImage) -> ImportedSession:

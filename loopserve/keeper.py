@@ -99,8 +99,8 @@ class Keeper:
             wanted = min(wanted, num_bytes * BLOCK_TOKENS // self._porter.fmt.block_bytes)
         if wanted <= here:
             return
-        speed = self._prefill_s_per_token
-        if not self._archive.loading.pays(num_bytes, num_tokens=wanted - here, prefill_s_per_token=speed):
+        recompute_s = (wanted - here) * self._prefill_s_per_token
+        if 0.0 < recompute_s <= self._archive.loading.seconds(num_bytes):  # 0: nobody has measured it yet
             self._archive.count(not_worth_it=1)
             return
         for turn in turns:

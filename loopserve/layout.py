@@ -218,8 +218,12 @@ class LayoutBuilder:
             return None
         assert self._table.working_sets is not None, "only where there is a host tier, contexts are far"
         orders = [placed.segment.decode for placed in group]
-        late = all(order is not None and order.recalls_late for order in orders)
-        return FarRows(self._table.working_sets, [placed.context for placed in group], recalls_late=late)
+        return FarRows(
+            self._table.working_sets,
+            turn_rows=on_device([placed.row.index for placed in group], self._loaded.device),
+            contexts=[placed.context for placed in group],
+            recalls_late=all(order is not None and order.recalls_late for order in orders),
+        )
 
     def _sparse_row(
         self, placed: Placed, first_row: dict[TurnId, int], measured: dict[TurnId, Measured]
@@ -233,8 +237,7 @@ class LayoutBuilder:
             selection=selection,
             order=order,
             measured=measured[turn_id],
-            turn_row=on_device([placed.row.index], self._loaded.device),
-            working_sets=self._table.working_sets if placed.row.is_far else None,
+            far=self._far_rows([placed]),
         )
 
     def _padded_slots(self, group: Sequence[Placed]) -> torch.Tensor:

@@ -32,10 +32,12 @@ def memory_stats(
     warm = [length for length in map(_warm_len, sessions) if length]
     rungs: tuple[int | None, ...] = (*decode.budget_rungs, None)
 
+    in_full = [room.device_blocks_at(turn, None) for turn in turns]
+
     def active_bytes(budget_tokens: int | None) -> int:
-        held = {turn.turn_id: room.device_blocks_at(turn, budget_tokens) for turn in turns}
-        whole = [turn for turn in turns if held[turn.turn_id] == room.device_blocks_at(turn, None)]
-        return (sum(held.values()) - _shared_twice(whole)) * block_bytes
+        held = [room.device_blocks_at(turn, budget_tokens) for turn in turns]
+        whole = [turn for turn, here, most in zip(turns, held, in_full, strict=True) if here == most]
+        return (sum(held) - _shared_twice(whole)) * block_bytes
 
     def warm_bytes(budget_tokens: int | None) -> int:
         return _warm_blocks(warm, budget_tokens if room.has_host else None, decode) * block_bytes

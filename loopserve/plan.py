@@ -153,4 +153,3 @@ class StepResult:
 
     tokens: tuple[SampledToken, ...]
     quality: tuple[SegmentQuality, ...] = ()
-    recalled_tokens: int = 0  # brought to places from host memory, counted once for each layer and KV head

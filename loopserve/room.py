@@ -123,7 +123,7 @@ class Room:
         if form is Form.COMPACT:
             self._make_compact(turn)
             self._offload(turn)
-            first_block, room_blocks = max(0, len(table.blocks) - self._kept_blocks(turn)), 0
+            first_block, room_blocks = self._first_kept_block(turn), 0
         while room_blocks + min(table.num_host_blocks, len(table.blocks) - first_block) > self._cache.pool.num_free:
             if not self._sessions.evict_one():
                 return False
@@ -280,20 +280,20 @@ class Room:
         table = turn.leased_branch.table
         before = table.num_device_blocks
         if self._offload_due(turn):
-            self._sessions.offload(turn.leased_branch, keep_blocks=self._kept_blocks(turn))
+            keep_blocks = len(table.blocks) - self._first_kept_block(turn)
+            self._sessions.offload(turn.leased_branch, keep_blocks=keep_blocks)
             self.num_changes += table.num_device_blocks < before
 
     def _offload_due(self, turn: Turn) -> bool:
-        num_idle = turn.leased_branch.table.num_device_blocks - self._kept_blocks(turn)
-        return num_idle >= (_TAIL_BLOCKS if turn.is_decoding else 1)
+        num_leaving = self._first_kept_block(turn) - turn.leased_branch.table.num_host_blocks
+        return num_leaving >= (_TAIL_BLOCKS if turn.is_decoding else 1)
 
-    def _kept_blocks(self, turn: Turn) -> int:
-        """Blocks at the table's end that stay on the device: what is not full, and what is read because it is recent."""
+    def _first_kept_block(self, turn: Turn) -> int:
+        """From which of the table's blocks on they stay on the device: what is not full, and what is read because it is recent."""
         chosen_at, budget = turn.chosen_at_tokens, turn.budget_at_choice
         if not turn.is_decoding:  # as the choice at the prefill's end will have it
             chosen_at, budget = len(turn.known_ids), self.budget(turn)
-        first = min(turn.num_computed, self._layout(turn, chosen_at, budget).recent_start)
-        return len(turn.leased_branch.table.blocks) - first // BLOCK_TOKENS
+        return min(turn.num_computed, self._layout(turn, chosen_at, budget).recent_start) // BLOCK_TOKENS
 
     def _layout(self, turn: Turn, num_tokens: int, budget_tokens: int) -> Layout:
         decode = turn.policy.decode

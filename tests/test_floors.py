@@ -29,7 +29,7 @@ MAP = """\
 loopserve/loading.py loopserve/sampler.py | loopserve/scheduler.py* loopserve/room.py* loopserve/orders.py* \
 loopserve/turn.py*
 3 | loopserve/sparsity/ | loopserve/sessions.py* loopserve/quality.py* loopserve/admission.py* \
-loopserve/detokenizer.py* loopserve/transcripts.py* loopserve/break_even.py*
+loopserve/detokenizer.py* loopserve/transcripts.py* loopserve/move_cost.py*
 2 | loopserve/kv/__init__.py* loopserve/kv/pool.py* loopserve/kv/cache.py* loopserve/kv/store.py loopserve/kv/stage.py \
 loopserve/kv/working_set.py loopserve/kv/sealed.py loopserve/kv/image.py loopserve/kv/disk/ loopserve/transfer.py
 1 | loopserve/kernels/

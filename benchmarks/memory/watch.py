@@ -62,7 +62,7 @@ class Reads:
 def watch_traffic() -> Iterator[Traffic]:
     """See what comes from host memory."""
     seen = Traffic()
-    locate, stage = WorkingSets.locate, Stage.keys_and_values
+    locate, keys, keys_and_values = WorkingSets.locate, Stage.keys, Stage.keys_and_values
 
     def located(self: WorkingSets, *args: Any, **kwargs: Any) -> Any:
         before, began = int(self.num_recalled), time.perf_counter()
@@ -71,17 +71,32 @@ def watch_traffic() -> Iterator[Traffic]:
         seen.recalled_bytes += (int(self.num_recalled) - before) * _head_bytes(self._store)
         return found
 
-    def staged(self: Stage, layer: int, stretches: Sequence[Stretch], num_tokens: int) -> tuple[Tensor, Tensor]:
-        began = time.perf_counter()
-        found = stage(self, layer, stretches, num_tokens)
-        seen.seconds += time.perf_counter() - began
-        store = self._store
+    def far_bytes(stage: Stage, stretches: Sequence[Stretch], num_tokens: int) -> int:
+        """Of the keys, or of the values, of one layer."""
+        store = stage._store
         far = (s for s in stretches if s.first_slot >= store.num_slots)
         far_tokens = sum(max(0, min(s.num_tokens, num_tokens - s.first_token)) for s in far)
-        seen.staged_bytes += far_tokens * store.keys[0].shape[1] * _head_bytes(store)
+        return far_tokens * store.keys[0].shape[1] * _head_bytes(store) // 2
+
+    def staged_keys(self: Stage, layer: int, stretches: Sequence[Stretch], num_tokens: int) -> Tensor:
+        began = time.perf_counter()
+        found = keys(self, layer, stretches, num_tokens)
+        seen.seconds += time.perf_counter() - began
+        seen.staged_bytes += far_bytes(self, stretches, num_tokens)
         return found
 
-    with mock.patch.object(WorkingSets, "locate", located), mock.patch.object(Stage, "keys_and_values", staged):
+    def staged_both(self: Stage, layer: int, stretches: Sequence[Stretch], num_tokens: int) -> tuple[Tensor, Tensor]:
+        before, began = seen.seconds, time.perf_counter()
+        found = keys_and_values(self, layer, stretches, num_tokens)  # counts its keys itself
+        seen.seconds = before + time.perf_counter() - began
+        seen.staged_bytes += far_bytes(self, stretches, num_tokens)
+        return found
+
+    with (
+        mock.patch.object(WorkingSets, "locate", located),
+        mock.patch.object(Stage, "keys", staged_keys),
+        mock.patch.object(Stage, "keys_and_values", staged_both),
+    ):
         yield seen
 
 
@@ -176,7 +191,7 @@ def _far_rows(plan: AttentionPlan) -> list[tuple[int, Context]]:
         if group.far is not None
         for index, context in enumerate(group.far.contexts)
     ]
-    sparse = [(each.row, each.context) for each in plan.sparse_decodes if each.working_sets is not None]
+    sparse = [(each.row, each.context) for each in plan.sparse_decodes if each.far is not None]
     return [*ranked, *sparse]
 
 

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from deploy.handoff.decision import HeldSession, MoveCost, Places, Room, decide, displaced, hottest_first
+from deploy.handoff.decision import HeldSession, Places, Room, decide, displaced, hottest_first
 from deploy.handoff.holdings import Holdings, Packed
 from deploy.handoff.papers import encode_papers
 from deploy.handoff.records import PROTOCOL_VERSION, Offer, Piece, Receipt, Result, Said, Standing
 from deploy.handoff.settings import HandoffSettings
 from loopserve.errors import Overloaded
+from loopserve.move_cost import MoveCost
 from monitoring.catalogue import HANDOFFS
 from monitoring.sinks import MetricSink
 from router.affinity import AffinitySettings, ReplicaLoad

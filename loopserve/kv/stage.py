@@ -4,7 +4,7 @@ Floor 2 beside the store. Every layer is brought into the same buffer, so a hist
 them. Knows nothing about who reads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,18 +27,28 @@ class Stage:
         """What the buffer takes now."""
         return self._keys.nbytes + self._values.nbytes
 
-    def keys_and_values(self, layer: int, stretches: Sequence[Stretch], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """The first `num_tokens` N of a sequence, keys and values [N, Hkv, D] each, in the order of their positions."""
+    def keys(self, layer: int, stretches: Sequence[Stretch], num_tokens: int) -> Tensor:
+        """The keys alone of the first `num_tokens` N of a sequence, [N, Hkv, D], in the order of their positions."""
         self._grow(num_tokens)
+        for first, (keys, _) in self._parts(layer, stretches, num_tokens):
+            self._keys[first : first + len(keys)].copy_(keys, non_blocking=True)
+        return self._keys[:num_tokens]
+
+    def keys_and_values(self, layer: int, stretches: Sequence[Stretch], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, shaped and ordered as `keys` gives them."""
+        brought = self.keys(layer, stretches, num_tokens)
+        for first, (_, values) in self._parts(layer, stretches, num_tokens):
+            self._values[first : first + len(values)].copy_(values, non_blocking=True)
+        return brought, self._values[:num_tokens]
+
+    def _parts(
+        self, layer: int, stretches: Sequence[Stretch], num_tokens: int
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Where each stretch begins, and its keys and values where they lie."""
         for stretch in stretches:
-            first = stretch.first_token
-            length = min(stretch.num_tokens, num_tokens - first)
-            if length <= 0:
-                continue
-            keys, values = self._store.slots(layer, stretch.first_slot, length)
-            self._keys[first : first + length].copy_(keys, non_blocking=True)
-            self._values[first : first + length].copy_(values, non_blocking=True)
-        return self._keys[:num_tokens], self._values[:num_tokens]
+            length = min(stretch.num_tokens, num_tokens - stretch.first_token)
+            if length > 0:
+                yield stretch.first_token, self._store.slots(layer, stretch.first_slot, length)
 
     def _grow(self, num_tokens: int) -> None:
         if self._keys.shape[0] >= num_tokens:

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.handoff.decision import Decision, HeldSession, MoveCost, Places, Room, decide, displaced, hottest_first
+from deploy.handoff.decision import Decision, HeldSession, Places, Room, decide, displaced, hottest_first
 from deploy.handoff.records import Result
 from deploy.handoff.settings import PIECE_BYTES_MAX, HandoffSettings
 from deploy.settings import DeploySettings
 from loopserve.dialogue import SessionId
 from loopserve.errors import ConfigError
+from loopserve.move_cost import MoveCost
 from router.affinity import Affinity, AffinityKey, AffinitySettings, ReplicaLoad, ReplicaName, ReplicaView, rendezvous
 
 AFFINITY = AffinitySettings()

@@ -113,6 +113,7 @@ def test_the_stage_puts_a_sequence_together_and_grows_with_it():
         keys, values = stage.keys_and_values(layer, stretches, 53)
         expected = torch.cat([block(store, layer, n) for n in (7, 8, 2, 9)])[:53]
         assert torch.equal(keys, expected) and torch.equal(values, -expected)
+        assert torch.equal(stage.keys(layer, stretches, 53), expected)
     held = stage.device_bytes
     keys, _ = stage.keys_and_values(0, [Stretch(0, 16, 48)], 40)
     assert len(keys) == 40 and stage.device_bytes == held
