@@ -11,17 +11,16 @@ Bounded: the least recently used conversation is forgotten first, its client is 
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 KEYS_PER_CONVERSATION = 8  # branches a client can come back to; as many as the engine keeps of a session
-
 
 _NEWER_BY_S = 1.0  # claims are whole seconds, and for a moment routers see those of both replicas
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationRecord:
-    """What one replica knows of a conversation, as it is handed to another."""
+    """What one replica knows of a conversation, in its table, on its way to another, and on disk. Replaced, never changed."""
 
     name: str
     claim: str
@@ -35,15 +34,6 @@ class ConversationRecord:
         return tuple(key for key, _ in self.continuations)
 
 
-@dataclass(slots=True)
-class _Conversation:
-    name: str
-    claim: str  # for its session key
-    home: str
-    last_used_s: float
-    continuations: OrderedDict[str, str] = field(default_factory=OrderedDict)  # continuation key -> its claim
-
-
 class Conversations:
     """The table. Keys are those of `router.identity`; the clock is unix time, because claims of several replicas are compared."""
 
@@ -51,9 +41,7 @@ class Conversations:
         assert limit >= 1
         self._limit = limit
         self._clock = clock
-        self._by_session: OrderedDict[str, _Conversation] = (
-            OrderedDict()
-        )  # session key -> conversation, least recent first
+        self._by_session: OrderedDict[str, ConversationRecord] = OrderedDict()  # by session key, least recent first
         self._by_continuation: dict[str, str] = {}  # continuation key -> session key
 
     def __len__(self) -> int:
@@ -73,48 +61,50 @@ class Conversations:
 
         `claim` None: the key itself. `home`: of this turn; a client may have changed what it is made of.
         """
-        conversation = self._by_session.setdefault(session_key, _Conversation(name, claim or session_key, "", 0.0))
-        conversation.home = home or conversation.home
-        conversation.last_used_s = self._clock()
+        known = self._by_session.get(session_key) or ConversationRecord(name, claim or session_key, "", 0.0, ())
+        self._by_session[session_key] = replace(known, home=home or known.home, last_used_s=self._clock())
         self._note_use(session_key)
 
     def export(self, session_key: str) -> ConversationRecord | None:
-        """A session as it is now, or None; it stays here. Equal to an earlier one while no turn of it was accepted or has ended."""
-        found = self._by_session.get(session_key)
-        if found is None:
-            return None
-        return ConversationRecord(
-            found.name, found.claim, found.home, found.last_used_s, tuple(found.continuations.items())
-        )
+        """A session as it is now, or None; it stays here. Equal to an earlier one while no turn of it was accepted or has ended.
 
-    def adopt(self, session_key: str, record: ConversationRecord) -> None:
-        """Hold a session that was held elsewhere, and claim it over whoever held it. What was said here counts as newer."""
+        May be called from any thread.
+        """
+        return self._by_session.get(session_key)
+
+    def adopt(self, session_key: str, record: ConversationRecord, *, takes_over: bool) -> None:
+        """Hold a session that was held elsewhere; what was said here counts as newer.
+
+        `takes_over`: it is claimed over whoever held it, else as that one claimed it.
+        """
         known = self._by_session.get(session_key)
-        conversation = known or _Conversation(record.name, record.claim, record.home, 0.0)
-        conversation.last_used_s = max(conversation.last_used_s, record.last_used_s + _NEWER_BY_S)
-        self._by_session[session_key] = conversation
-        own = list(conversation.continuations.items())
-        for continuation, claim in (*record.continuations, *own):
+        base = known or replace(record, last_used_s=0.0, continuations=())
+        used_s = record.last_used_s + (_NEWER_BY_S if takes_over else 0.0)
+        self._by_session[session_key] = replace(base, last_used_s=max(base.last_used_s, used_s))
+        for continuation, claim in (*record.continuations, *base.continuations):
             if self._by_continuation.get(continuation, session_key) == session_key:  # else a newer session's here
                 self.learn(session_key, continuation, claim=claim)
         self._note_use(session_key)
 
     def learn(self, session_key: str, continuation: str, *, claim: str | None = None) -> None:
         """An answer was given: its conversation comes back under `continuation`. Ignored for a session that was forgotten meanwhile."""
-        conversation = self._by_session.get(session_key)
-        if conversation is None:
+        if session_key not in self._by_session:
             return
         previous = self._by_continuation.get(continuation)
-        if (
-            previous is not None and previous != session_key
-        ):  # two users said and heard the same: the newest session goes on
-            self._by_session[previous].continuations.pop(continuation, None)
+        if previous is not None:  # of two users who said and heard the same, the newest session goes on
+            self._drop_continuation(previous, continuation)
         self._by_continuation[continuation] = session_key
-        conversation.continuations[continuation] = claim or continuation
-        conversation.continuations.move_to_end(continuation)
-        if len(conversation.continuations) > KEYS_PER_CONVERSATION:
-            oldest, _ = conversation.continuations.popitem(last=False)
-            del self._by_continuation[oldest]
+        conversation = self._by_session[session_key]
+        continuations = (*conversation.continuations, (continuation, claim or continuation))
+        self._by_session[session_key] = replace(conversation, continuations=continuations)
+        if len(continuations) > KEYS_PER_CONVERSATION:
+            self._drop_continuation(session_key, continuations[0][0])
+
+    def _drop_continuation(self, session_key: str, continuation: str) -> None:
+        del self._by_continuation[continuation]
+        conversation = self._by_session[session_key]
+        kept = tuple(pair for pair in conversation.continuations if pair[0] != continuation)
+        self._by_session[session_key] = replace(conversation, continuations=kept)
 
     def _note_use(self, session_key: str) -> None:
         self._by_session.move_to_end(session_key)
@@ -124,7 +114,7 @@ class Conversations:
     def forget(self, session_key: str) -> None:
         """Drop a session and every key of it; an unknown one is ignored."""
         conversation = self._by_session.pop(session_key, None)
-        for continuation in conversation.continuations if conversation else ():
+        for continuation in conversation.keys if conversation else ():
             del self._by_continuation[continuation]
 
     def claims(self, limit: int) -> list[tuple[str, float]]:
@@ -135,7 +125,7 @@ class Conversations:
         newest: list[tuple[str, float]] = []
         beside: list[tuple[str, float]] = []
         for conversation in reversed(self._by_session.values()):
-            keys = [conversation.claim, *reversed(conversation.continuations.values())]
+            keys = [conversation.claim, *(claim for _, claim in reversed(conversation.continuations))]
             if len(newest) + len(keys[:2]) > limit:
                 break
             newest += [(key, conversation.last_used_s) for key in keys[:2]]

@@ -63,6 +63,7 @@ class EngineReplica:
             metrics=self._metrics.sink,
             compact_above_ratio=config.compact_above_ratio,
         )
+        self._replica.keep_papers()
         backend.engine.start()
         self._metrics.start()
         self._ask_timeout_s = settings.ask_timeout_s

@@ -39,12 +39,14 @@ from deploy.handoff.arrivals import Arrivals
 from deploy.handoff.departures import Departures, Peers
 from deploy.handoff.holdings import Doors, Holdings, Imported
 from deploy.handoff.records import Standing
+from deploy.handoff.stored import StoredPapers
 from deploy.load import LoadMeter
 from deploy.settings import DeploySettings
 from deploy.waits import Pace
 from loopserve.chat import AnswerStarted, ChatEvent, ChatRequest
 from loopserve.dialogue import Message, SessionId
 from loopserve.errors import ConfigError, EngineUnavailable, LoopServeError, NotFound
+from loopserve.notes import SessionNotes
 from loopserve.sessions import SessionInfo
 from loopserve.stats import MemoryStats
 from loopserve.transcripts import Transcript
@@ -96,6 +98,9 @@ class EngineLike(Protocol):
 
     def set_budget(self, tokens: int | None) -> None:
         """Set or lift the ceiling of the token selections. Raises ConfigError."""
+
+    def keep_notes(self, notes: SessionNotes) -> None:
+        """Keep notes beside the sessions on disk, and tell of those that lie there."""
 
     def set_compact_above(self, ratio: float) -> None:
         """Set from which share of the pool on admitted turns are compact. Raises ConfigError."""
@@ -236,6 +241,11 @@ class Replica:
         if failure is not None:
             return self._refusal(failure)
         return writer.body() if writer.is_finished else None
+
+    def keep_papers(self) -> None:
+        """Have the engine keep on disk whose its sessions are, and know those that lie there. Before it starts."""
+        loop = asyncio.get_running_loop()
+        self._engine.keep_notes(StoredPapers(self._holdings, was_released=self.arrivals.was_released, loop=loop))
 
     def status(self) -> ReplicaStatus:
         """What this replica serves, and whether it does."""

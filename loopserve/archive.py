@@ -5,7 +5,8 @@
     step  <--- "which is unsaved?" ---  save
     release -- drop ----------------->  drop
 
-One thing at a time, a turn's first. Nothing that goes wrong here ends a turn: what is not kept or brought is computed again, and counted.
+One thing at a time, a turn's first. Now and then the disk is looked through for sessions that nobody holds. Nothing that goes wrong here
+ends a turn: what is not kept or brought is computed again, and counted.
 Floor 6 beside the engine, which it knows by three callables. Knows nothing about schedules or devices.
 """
 
@@ -24,11 +25,13 @@ from loopserve.errors import EngineUnavailable, LoopServeError
 from loopserve.kv.disk import DiskFull, DiskTier, LeasedElsewhere, LeaseLost, TierError
 from loopserve.kv.image import ImageRefused, SessionImage
 from loopserve.move_cost import MoveCost
+from loopserve.notes import SessionNotes
 from loopserve.stats import DiskCounts
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5  # how often an idle thread asks whether something is to be saved
 _BACK_OFF_S = 30.0  # without saving after a save that failed
+_LOOK_EVERY_S = 15.0  # or every lease, where that is longer: the disk is looked through
 
 Unsaved = Callable[[], SessionId | None]
 
@@ -80,6 +83,7 @@ class Archive:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Reads which sessions are there; begins nothing before `start`."""
+        self.notes: SessionNotes | None = None  # whose; set before `start`
         self._disk = disk
         self._settings = settings
         self._unsaved, self._snapshot = unsaved, snapshot
@@ -94,6 +98,9 @@ class Archive:
         self._counts = DiskCounts()
         self.loading = MoveCost(fixed_s=0.01, seconds_per_byte=1 / 500e6)  # until loads were measured: a slow disk
         self._known = {(found.session_id, found.salt): found.num_bytes for found in disk.sessions()}
+        self._look_next_s = clock()
+        self._untold: deque[tuple[SessionId, str]] = deque()
+        self._told: dict[tuple[SessionId, str], float] = {}  # or about to be: when it had been saved
 
     def start(self) -> None:
         """Run until `stop`."""
@@ -176,16 +183,54 @@ class Archive:
 
     def _run(self) -> None:
         while not self._is_stopping.is_set():
-            with self._work:
-                if not self._jobs:
-                    self._work.wait(_POLL_S)
-                job = self._jobs.popleft() if self._jobs else None
-            if job is not None:
-                self._carry_out(job)
-            elif not self._is_stopping.is_set() and self._clock() >= self._quiet_until_s:
-                session_id = self._unsaved()
-                if session_id is not None:
-                    self._save(session_id)
+            try:
+                self._do_next()
+            except Exception:  # a defect: who waits for a session must not wait for ever because of it
+                _log.exception("the disk's thread goes on after an error")
+                self.count(failed=1)
+                self._quiet_until_s = self._clock() + _BACK_OFF_S
+
+    def _do_next(self) -> None:
+        """Wait for something to do, not for long, and do it."""
+        with self._work:
+            if not self._jobs and not self._untold and self._clock() < self._look_next_s:
+                self._work.wait(_POLL_S)
+            job = self._jobs.popleft() if self._jobs else None
+        if job is not None:
+            self._carry_out(job)
+        elif self._untold:
+            self._tell(self._untold.popleft())
+        elif self._clock() >= self._look_next_s:
+            self._look()
+        elif not self._is_stopping.is_set() and self._clock() >= self._quiet_until_s:
+            session_id = self._unsaved()
+            if session_id is not None:
+                self._save(session_id)
+
+    def _look(self) -> None:
+        """Learn what lies there, and what of it nobody holds."""
+        self._look_next_s = self._clock() + max(self._settings.lease_s, _LOOK_EVERY_S)
+        try:
+            stored = sorted(self._disk.sessions(), key=lambda found: found.saved_s)
+        except TierError as error:
+            _log.warning("the sessions on disk could not be listed: %s", error)
+            return
+        self._known = {(found.session_id, found.salt): found.num_bytes for found in stored}
+        free = {(found.session_id, found.salt): found.saved_s for found in stored if found.owner is None}
+        self._untold.extend(name for name, saved_s in free.items() if self._told.get(name) != saved_s)
+        self._told = free
+
+    def _tell(self, name: tuple[SessionId, str]) -> None:
+        """Tell of a session that nobody holds."""
+        if self.notes is None:
+            return
+        try:
+            notes = self._disk.notes(*name)
+        except (ImageRefused, TierError) as error:
+            _log.warning("the notes on session %s are not read: %s", name[0], error)
+            return
+        if notes:
+            self.notes.found(name[0], notes)
 
     def _beat(self) -> None:
         while not self._is_stopping.wait(self._settings.lease_s / 3):
@@ -195,14 +240,22 @@ class Archive:
                 _log.warning("the leases on disk could not be renewed: %s", error)
 
     def _carry_out(self, job: _Job) -> None:
-        if job.act is _Act.FETCH:
-            image = self._load(job.session_id, job.salt)
-            with self._work:
-                self._arrivals.append(Arrival(job.session_id, job.salt, image))
-            self._on_arrival()
+        image = None
+        try:
+            if job.act is _Act.FETCH:
+                image = self._load(job.session_id, job.salt)
+            else:
+                self._remove(job.session_id, job.salt)
+        except Exception as error:
+            job.done.set_exception(error)
+            raise
         else:
-            self._remove(job.session_id, job.salt)
-        job.done.set_result(None)
+            job.done.set_result(None)
+        finally:
+            if job.act is _Act.FETCH:
+                with self._work:
+                    self._arrivals.append(Arrival(job.session_id, job.salt, image))
+                self._on_arrival()
 
     def _load(self, session_id: SessionId, salt: str) -> SessionImage | None:
         began_s = self._clock()
@@ -235,7 +288,7 @@ class Archive:
             if snapshot is None:
                 return
             try:
-                self._write(snapshot.image)
+                self._write(snapshot.image, b"" if self.notes is None else self.notes.of(session_id))
             except (LeasedElsewhere, LeaseLost):  # as another engine has it; ours is not written
                 self.count(leased_elsewhere=1)
             snapshot.is_saved()
@@ -246,16 +299,15 @@ class Archive:
             self._postpone("it failed", error)
             self.count(failed=1)
 
-    def _write(self, image: SessionImage) -> None:
+    def _write(self, image: SessionImage, notes: bytes) -> None:
         num_bytes = image.keys.nbytes + image.values.nbytes
         try:
-            saved = self._disk.save(image)
+            saved = self._disk.save(image, notes=notes)
         except DiskFull:
-            if not self._disk.make_room(
-                num_bytes + _about_bytes(image), keep=[(image.session_id, image.salt)]
-            ).is_enough:
+            wanted = num_bytes + _about_bytes(image, notes)
+            if not self._disk.make_room(wanted, keep=[(image.session_id, image.salt)]).is_enough:
                 raise
-            saved = self._disk.save(image)
+            saved = self._disk.save(image, notes=notes)
         self._known[image.session_id, image.salt] = num_bytes
         self.count(saved_sessions=1, saved_bytes=saved.num_bytes_written)
 
@@ -272,7 +324,7 @@ class Archive:
         self._quiet_until_s = self._clock() + _BACK_OFF_S
 
 
-def _about_bytes(image: SessionImage) -> int:
-    """What a saved session takes beside its KV, at most: headers, checksums, and the histories in the manifest's text."""
+def _about_bytes(image: SessionImage, notes: bytes) -> int:
+    """What a saved session takes beside its KV, at most: headers, checksums, and the histories and notes in the manifest's text."""
     num_ids = sum(len(branch.token_ids) for branch in image.branches)
-    return 4096 + 300 * image.num_blocks + 12 * num_ids
+    return 4096 + 300 * image.num_blocks + 12 * num_ids + 2 * len(notes)

@@ -34,6 +34,7 @@ from loopserve.kv.image import decode, encode
 from loopserve.loading import LoadedModel, device_name, load_model
 from loopserve.memory import memory_stats
 from loopserve.methods import DECODE_RULES, PREFILL_RULES
+from loopserve.notes import SessionNotes
 from loopserve.plan import BlockCopy, BlockId, StepPlan
 from loopserve.quality import TurnPolicy
 from loopserve.room import Room
@@ -196,6 +197,12 @@ class Engine:
     def model_name(self) -> str:
         """The name under which the model is served."""
         return self._loaded.name
+
+    def keep_notes(self, notes: SessionNotes) -> None:
+        """Have notes kept beside the sessions on disk, and be told of those that lie there. Before `start`; in vain without a disk."""
+        assert self._thread is None, "the engine runs already"
+        if self._keeper is not None:
+            self._keeper.keep_notes(notes)
 
     def start(self) -> None:
         """Run steps on a thread of the engine's own until `stop`."""

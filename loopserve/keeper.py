@@ -17,6 +17,7 @@ from loopserve.errors import Overloaded
 from loopserve.handoff import Outline, Piece, Porter
 from loopserve.kv.disk import DiskTier
 from loopserve.kv.image import SessionImage
+from loopserve.notes import SessionNotes
 from loopserve.scheduler import Scheduler
 from loopserve.sessions import SessionTable
 from loopserve.stats import DiskCounts, StepStats
@@ -57,6 +58,10 @@ class Keeper:
         self._archive = Archive(
             disk, settings, unsaved=self._unsaved, snapshot=self._snapshot, on_arrival=self._note_arrival
         )
+
+    def keep_notes(self, notes: SessionNotes) -> None:
+        """Keep these beside the sessions. Before `start`."""
+        self._archive.notes = notes
 
     def start(self) -> None:
         """Begin to save and to bring."""

@@ -241,11 +241,15 @@ class Room:
         }
 
     def _compact_blocks(self, turn: Turn) -> int:
-        """Device blocks that a compact turn needs at once: a chunk while it prefills, its places and newest tokens while it decodes."""
-        chunk = _blocks(turn.policy.prefill.chunk_tokens) + 1
+        """Device blocks that a compact turn needs at once: its places and newest tokens, or its next chunk, where that is more."""
         layout = self._layout(turn, turn.prompt_len, self.budget(turn))
         tail = _blocks(turn.prompt_len - layout.recent_start) + _TAIL_BLOCKS + 1
-        return max(chunk, _places(turn, self.budget(turn)) + tail)
+        to_decode = _places(turn, self.budget(turn)) + tail
+        if turn.is_decoding:
+            return to_decode
+        num_missing = turn.prompt_len if turn.branch is None else len(turn.known_ids) - turn.num_computed
+        chunk = _blocks(min(turn.policy.prefill.chunk_tokens, num_missing)) + 1
+        return max(chunk, to_decode)
 
     def _make_compact(self, turn: Turn) -> None:
         turn.is_compact, turn.has_recalled = True, False

@@ -67,10 +67,11 @@ class TurnTable:
 
     @property
     def device_bytes(self) -> int:
-        """What the tensors take on the device."""
+        """What the tensors take on the device, turns' selections included. May be asked from any thread."""
         sums = 0 if self.value_sums is None else self.value_sums.nbytes
         places = 0 if self.working_sets is None else self.working_sets.device_bytes
-        return self.slots.nbytes + self.last_tokens.nbytes + sums + places
+        selections = sum(row.selection.device_bytes for row in list(self._rows.values()) if row.selection is not None)
+        return self.slots.nbytes + self.last_tokens.nbytes + sums + places + selections
 
     def release(self, turn_ids: Iterable[TurnId]) -> None:
         """Turns that left the batch give their rows back; unknown ones are ignored."""

@@ -225,6 +225,25 @@ PRESSURE_STEPS = _counter(
     "MemoryStats.pressure",
     "step",
 )
+DISK_SESSIONS = _gauge(
+    "loopserve_disk_sessions",
+    "Sessions on disk that this replica knows of; replicas that share a directory know the same ones.",
+    "DiskCounts.num_sessions",
+)
+DISK_BYTES = _gauge("loopserve_disk_bytes", "Their KV; what sessions share counts in each.", "DiskCounts.num_bytes")
+DISK_OUTCOMES = _counter(
+    "loopserve_disk_outcomes_total",
+    "Sessions that were saved to disk or loaded from it (saved, loaded), and why others were not: not_worth_it, late, leased_elsewhere, "
+    "full, failed, refused.",
+    "DiskCounts",
+    "outcome",
+)
+DISK_MOVED_BYTES = _counter(
+    "loopserve_disk_moved_bytes_total",
+    "Bytes of them, by direction: saved (those that were there already are not written), loaded.",
+    "DiskCounts.saved_bytes, loaded_bytes",
+    "direction",
+)
 SESSIONS = _gauge("loopserve_sessions", "Sessions by state.", "MemoryStats.num_*_sessions", "state")
 
 # The budget.

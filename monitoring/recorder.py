@@ -4,11 +4,14 @@ What changes with each step or turn is counted as it happens; what is a state (m
 """
 
 import threading
+from collections import Counter
+from collections.abc import Mapping
 
 from loopserve.config import BLOCK_TOKENS
 from loopserve.dialogue import FinishReason, QualityReport
-from loopserve.stats import MemoryStats, PressureCounts, StepStats, TurnStats
+from loopserve.stats import DiskCounts, MemoryStats, PressureCounts, StepStats, TurnStats
 from monitoring import catalogue as c
+from monitoring.catalogue import Metric
 from monitoring.sinks import MetricSink
 
 _STEPS = {  # label -> field of PressureCounts, in the order in which they are tried
@@ -17,6 +20,15 @@ _STEPS = {  # label -> field of PressureCounts, in the order in which they are t
     "dropped_session": "dropped_sessions",
     "compacted_turn": "compacted_turns",
     "lowered_budget": "lowered_budgets",
+}
+_DISK_OUTCOMES = {  # label -> field of DiskCounts
+    "saved": "saved_sessions",
+    "loaded": "loaded_sessions",
+    "not_worth_it": "not_worth_it",
+    "late": "late",
+    "leased_elsewhere": "leased_elsewhere",
+    "full": "full",
+    "failed": "failed",
 }
 
 
@@ -80,7 +92,7 @@ class Recorder:
 
 
 class MemoryRecorder:
-    """Sets the gauges of queues, tiers, demand curve and budgets whenever somebody looks, and counts what gave way since the last look.
+    """Sets the gauges of queues, tiers, demand curve and budgets whenever somebody looks, and counts what was done since the last look.
 
     Thread-safe: several may look at once, and the one with the older numbers may come last.
     """
@@ -88,9 +100,8 @@ class MemoryRecorder:
     def __init__(self, sink: MetricSink) -> None:
         self._sink = sink
         self._lock = threading.Lock()
-        self._counted = dict.fromkeys(_STEPS, 0)  # the engine counts since its start, as the sink does
-        for step in _STEPS:
-            sink.inc(c.PRESSURE_STEPS, 0.0, step=step)
+        self._counted: Counter[tuple[Metric, str]] = Counter()  # the engine counts since its start, as the sink does
+        self._count_pressure(PressureCounts())
 
     def record(self, memory: MemoryStats) -> None:
         """All numbers of one moment."""
@@ -98,15 +109,29 @@ class MemoryRecorder:
         _record_tiers(self._sink, memory)
         _record_demand(self._sink, memory)
         _record_budgets(self._sink, memory)
-        self._count(memory.pressure)
+        self._count_pressure(memory.pressure)
+        if memory.disk is not None:
+            self._record_disk(memory.disk)
 
-    def _count(self, pressure: PressureCounts) -> None:
-        for step, name in _STEPS.items():
-            total = getattr(pressure, name)
+    def _count_pressure(self, pressure: PressureCounts) -> None:
+        self._count(c.PRESSURE_STEPS, {step: getattr(pressure, name) for step, name in _STEPS.items()})
+
+    def _record_disk(self, disk: DiskCounts) -> None:
+        self._sink.set(c.DISK_SESSIONS, disk.num_sessions)
+        self._sink.set(c.DISK_BYTES, disk.num_bytes)
+        refused = sum(count for _, count in disk.refused)
+        outcomes = {outcome: getattr(disk, name) for outcome, name in _DISK_OUTCOMES.items()}
+        self._count(c.DISK_OUTCOMES, outcomes | {"refused": refused})
+        self._count(c.DISK_MOVED_BYTES, {"saved": disk.saved_bytes, "loaded": disk.loaded_bytes})
+
+    def _count(self, metric: Metric, totals: Mapping[str, int]) -> None:
+        """Bring a counter with one label up to these totals."""
+        (label,) = metric.labels
+        for value, total in totals.items():
             with self._lock:
-                more = max(0, total - self._counted[step])
-                self._counted[step] += more
-            self._sink.inc(c.PRESSURE_STEPS, more, step=step)
+                more = max(0, total - self._counted[metric, value])
+                self._counted[metric, value] += more
+            self._sink.inc(metric, more, **{label: value})
 
 
 def _record_turns(sink: MetricSink, memory: MemoryStats) -> None:

@@ -34,7 +34,7 @@ loopserve/detokenizer.py* loopserve/transcripts.py* loopserve/move_cost.py*
 loopserve/kv/working_set.py loopserve/kv/sealed.py loopserve/kv/image.py loopserve/kv/disk/ loopserve/transfer.py
 1 | loopserve/kernels/
 0 | loopserve/__init__.py* loopserve/errors.py* loopserve/environment.py* loopserve/config.py* loopserve/crossover.py* \
-loopserve/methods.py* loopserve/reads.py* loopserve/dialogue.py* loopserve/plan.py* loopserve/stats.py*
+loopserve/methods.py* loopserve/reads.py* loopserve/dialogue.py* loopserve/plan.py* loopserve/stats.py* loopserve/notes.py*
 - | router/* | monitoring/*
 """
 

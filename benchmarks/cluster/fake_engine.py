@@ -104,6 +104,9 @@ class StepEngine:
     def set_compact_above(self, ratio: float) -> None:
         """Nothing is held here."""
 
+    def keep_notes(self, notes: object) -> None:
+        """Nothing is kept here."""
+
     def _run(self) -> None:
         due_s = time.monotonic()
         while self._is_running:

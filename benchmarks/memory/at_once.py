@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory.copies import give_to_each
-from benchmarks.memory.kept import kept_by_selections
 from loopserve.config import EngineConfig
 from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnEnded, TurnEvent, TurnRequest
 from loopserve.engine import Engine
@@ -189,7 +188,7 @@ def _count(engine: Engine, runner: Runner, load: Load, log: StepLog, listener: _
     if memory.pressure.lowered_budgets:
         return AtOnce("budgets were lowered")
     step_bytes = workspace.end()
-    kept = runner.device_bytes + (kept_by_selections(runner) if isinstance(runner, ModelRunner) else 0)
+    device_bytes = runner.device_bytes
     for turn in list(engine._audience):
         engine.cancel(turn)
     while engine.step():  # a step that was launched ahead
@@ -200,7 +199,7 @@ def _count(engine: Engine, runner: Runner, load: Load, log: StepLog, listener: _
     return AtOnce(
         why_not="",
         step_s=tuple(log.ended_s[index] - log.ended_s[index - 1] for index in range(begin, begin + load.counted_steps)),
-        device_bytes=kept,
+        device_bytes=device_bytes,
         step_bytes=step_bytes,
         compact_turns=memory.num_compact_turns,
         cached_tokens_min=min(usage.cached_tokens for usage in usages),

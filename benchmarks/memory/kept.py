@@ -7,12 +7,9 @@ needs on its way and gives back is not kept, and not counted here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from loopserve.config import DecodeSparsity, EngineConfig
 from loopserve.kv.stage import Stage
@@ -80,26 +77,12 @@ def planned_selection_bytes(loaded: LoadedModel, decode: DecodeSparsity) -> int:
         loaded.head_dim,
         decode,
         DECODE_METHODS[decode.method],
-        device=_META,
+        device="cpu",
         dtype=loaded.dtype,
     )
     num_lists = loaded.num_kv_heads if decode.select_per == "kv_head" else loaded.num_heads
     num_layers = loaded.num_layers - len(set(decode.dense_layers))
-    return sum(tensor.nbytes for tensor in _tensors(fresh)) + num_layers * num_lists * num_places(decode) * 8
-
-
-def selection_bytes(selection: TurnSelection) -> int:
-    """What a turn's selection keeps now. A view counts as what it keeps alive; its part of the turn table's value sums is the table's."""
-    sums = selection._value_sums  # the table's, see `TurnTable`
-    foreign = None if sums is None else sums.untyped_storage().data_ptr()
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(selection)}
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer != foreign)
-
-
-def kept_by_selections(runner: ModelRunner) -> int:
-    """What the selections of all turns in the batch keep now."""
-    rows = runner._table._rows.values()  # who is in the batch is nobody else's business but here
-    return sum(selection_bytes(row.selection) for row in rows if row.selection is not None)
+    return fresh.device_bytes + num_layers * num_lists * num_places(decode) * 8
 
 
 def host_block_bytes(loaded: LoadedModel) -> int:
@@ -128,17 +111,3 @@ def most_blocks(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if total(middle) <= bytes_max else (low, middle - 1)
     return low
-
-
-def _tensors(part: Any) -> Iterator[Tensor]:
-    """Every tensor of an object, through lists and records."""
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, list | tuple):
-        for each in part:
-            yield from _tensors(each)
-    elif is_dataclass(part) and not isinstance(part, type):
-        for each in fields(part):
-            yield from _tensors(getattr(part, each.name))
-    elif isinstance(part, TurnSelection):
-        yield from _tensors(list(vars(part).values()))

@@ -6,6 +6,7 @@
     `holdings`     what a replica holds, and the doors that turns wait at while a session changes hands
     `departures`   a replica that drains, or is overloaded, gives sessions away
     `arrivals`     a replica takes sessions over
+    `stored`       papers of sessions on disk, for whoever finds them there
 
     old holder                                  new holder
     export, papers ------- Offer -------------> room? not released? nothing newer here?

@@ -120,6 +120,10 @@ class Arrivals:
             self._released.popitem(last=False)
         return frozenset(self._released)
 
+    def was_released(self, key: str) -> bool:
+        """Whether the session was deleted a short time ago, or may have been."""
+        return self._clock() - max(self._released.get(key, -math.inf), self._knows_all_from_s) < self._deaf_s
+
     def count_left(self, counts: Mapping[str, int]) -> None:
         """Count for a replica that ends what it could not give away; who ends is not asked for its metrics any more."""
         for result in set(Result) - {Result.MOVED, Result.REFUSED}:
@@ -162,7 +166,7 @@ class Arrivals:
         """Raise _Refused where the session must not replace what is here."""
         if not self._accepts():
             raise _Refused("not_accepting")
-        if self._was_released(key):
+        if self.was_released(key):
             raise _Refused("released")
         if self._holdings.has_turns(key):
             raise _Refused("busy")
@@ -201,14 +205,10 @@ class Arrivals:
         if session_id != papers.session_id:
             await self._holdings.erase(session_id)
             raise _Refused("another_session")
-        if self._was_released(key):
+        if self.was_released(key):
             await self._holdings.erase(session_id)
             raise _Refused("released")
-        self._holdings.adopt(key, papers)
-
-    def _was_released(self, key: str) -> bool:
-        """Whether the session was deleted a short time ago, or may have been."""
-        return self._clock() - max(self._released.get(key, -math.inf), self._knows_all_from_s) < self._deaf_s
+        self._holdings.adopt(key, papers, takes_over=True)
 
     def _drop_stalled(self) -> None:
         """A sender gives up after `move_timeout_s` in all."""

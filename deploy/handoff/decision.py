@@ -36,7 +36,7 @@ class HeldSession:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Remaining:
     """What is left of the limits of one round."""
 
     seconds: float
@@ -80,7 +80,9 @@ def hottest_first(sessions: Iterable[HeldSession]) -> list[HeldSession]:
     return sorted((session for session in sessions if session.num_tokens > 0), key=lambda s: (s.idle_s, s.session_id))
 
 
-def decide(session: HeldSession, places: Places, cost: MoveCost, *, room: Room, settings: HandoffSettings) -> Decision:
+def decide(
+    session: HeldSession, places: Places, cost: MoveCost, *, remaining: Remaining, settings: HandoffSettings
+) -> Decision:
     """Whether a session moves, and where to. Without a measured speed of computing, moving is taken to pay."""
     if session.is_active:
         return Decision(None, Result.BUSY)
@@ -91,8 +93,8 @@ def decide(session: HeldSession, places: Places, cost: MoveCost, *, room: Room, 
     recompute_s = places.recompute_s(session, target)
     if recompute_s is not None and move_s >= recompute_s:
         return Decision(None, Result.NOT_WORTH_IT)
-    is_too_large = session.num_kv_bytes > min(room.num_bytes, settings.session_bytes_max)
-    if is_too_large or move_s > min(room.seconds, settings.move_timeout_s):
+    is_too_large = session.num_kv_bytes > min(remaining.num_bytes, settings.session_bytes_max)
+    if is_too_large or move_s > min(remaining.seconds, settings.move_timeout_s):
         return Decision(None, Result.OVER_LIMIT)
     return Decision(target)
 

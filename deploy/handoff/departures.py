@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from deploy.handoff.decision import HeldSession, Places, Room, decide, displaced, hottest_first
+from deploy.handoff.decision import HeldSession, Places, Remaining, decide, displaced, hottest_first
 from deploy.handoff.holdings import Holdings, Packed
 from deploy.handoff.papers import encode_papers
 from deploy.handoff.records import PROTOCOL_VERSION, Offer, Piece, Receipt, Result, Said, Standing
@@ -151,8 +151,8 @@ class Departures:
         """One after the other. A target that is gone or does not answer is not tried again."""
         num_bytes, lost = 0, set[str]()
         for number, session in enumerate(sessions):
-            room = Room(limits.ends_s - self._clock(), limits.num_bytes - num_bytes)
-            decision = decide(session, places, self._cost, room=room, settings=self._settings)
+            remaining = Remaining(limits.ends_s - self._clock(), limits.num_bytes - num_bytes)
+            decision = decide(session, places, self._cost, remaining=remaining, settings=self._settings)
             if decision.target == self._name:
                 continue  # its home after all
             if decision.target is None:
@@ -162,7 +162,7 @@ class Departures:
                 results[Result.FAILED] += 1
                 continue
             try:
-                result = await self._move(session, decision.target, peers, within_s=room.seconds)
+                result = await self._move(session, decision.target, peers, within_s=remaining.seconds)
             except asyncio.CancelledError:  # the round is over: this one, and all that would have followed
                 results[Result.TIMED_OUT] += 1
                 results[Result.OVER_LIMIT] += len(sessions) - number - 1

@@ -147,6 +147,12 @@ class Holdings:
         """Whether a turn of the session is on its way through this replica."""
         return self._has_turns(key)
 
+    def papers_of(self, session_id: SessionId) -> Papers | None:
+        """What goes beside a session's image now; None for one that the table does not know. Safe from any thread."""
+        key = key_of(session_id)
+        record = None if key is None else self._conversations.export(key)
+        return None if record is None else Papers(session_id, record, self._chat.export(session_id))
+
     def record(self, key: str) -> ConversationRecord | None:
         """What the table has of a session."""
         return self._conversations.export(key)
@@ -168,10 +174,10 @@ class Holdings:
         """Have the engine take a session over. Raises what the engine raises."""
         return (await asyncio.to_thread(self._engine.import_session, image)).session_id
 
-    def adopt(self, key: str, papers: Papers) -> None:
-        """Know a session that the engine has taken over; it is claimed from now on."""
+    def adopt(self, key: str, papers: Papers, *, takes_over: bool) -> None:
+        """Know a session that the engine has or can bring; it is claimed from now on, where it `takes_over` in place of who held it."""
         self._chat.adopt(papers.session_id, papers.transcripts)
-        self._conversations.adopt(key, papers.conversation)
+        self._conversations.adopt(key, papers.conversation, takes_over=takes_over)
 
     async def erase(self, session_id: SessionId) -> None:
         """Undo an import."""

@@ -90,6 +90,14 @@ class TurnSelection:
         self._left_out: list[Tensor | None] = [None] * num_layers  # log of the weight that is not read, float32 [1, H]
         self._value_sums = value_sums
 
+    @property
+    def device_bytes(self) -> int:
+        """What its tensors keep alive on their device; value sums are the caller's. May be asked from any thread."""
+        chosen = [tensor for choice in self._choices if choice is not None for tensor in (choice.columns, choice.valid)]
+        tensors = [self._queries, self._positions, *self._accumulated, *self._left_out, *chosen]
+        storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
     def observe(
         self, layer: int, query: Tensor, positions: Tensor, key_pool: Tensor, slots: Tensor, *, scale: float
     ) -> None:

@@ -4,6 +4,10 @@ from monitoring.catalogue import (
     AFFINITY_DECISIONS,
     AFFINITY_TIME,
     AFFINITY_TURNS,
+    DISK_BYTES,
+    DISK_MOVED_BYTES,
+    DISK_OUTCOMES,
+    DISK_SESSIONS,
     HANDOFF_BYTES,
     HANDOFF_TIME,
     HANDOFFS,
@@ -17,6 +21,7 @@ from monitoring.catalogue import (
     TTFT,
 )
 from monitoring.dashboards.panels import (
+    BYTES,
     BYTES_PER_SECOND,
     COUNT,
     HERE,
@@ -195,9 +200,44 @@ _HANDOFFS = Row(
     ),
 )
 
+_DISK = Row(
+    "Disk",
+    (
+        lines(
+            "Sessions on disk",
+            "Of each replica, as far as it knows; replicas that share a directory know the same ones. Empty where there is no disk tier.",
+            COUNT,
+            Query(HERE.now(DISK_SESSIONS, by=("replica",)), "{{replica}}"),
+            width=6,
+            decimals=0,
+        ),
+        lines(
+            "KV on disk",
+            "Bytes of them; what sessions share counts in each.",
+            BYTES,
+            Query(HERE.now(DISK_BYTES, by=("replica",)), "{{replica}}"),
+            width=6,
+        ),
+        lines(
+            "Saved, loaded, and not",
+            "Sessions by what came of it. Of all but saved and loaded the next turn computes its past, or what memory still has of it.",
+            PER_SECOND,
+            Query(HERE.rate(DISK_OUTCOMES, by=("outcome",)), "{{outcome}}"),
+            width=6,
+        ),
+        lines(
+            "To and from disk",
+            "Bytes written and read; blocks that were there already are not written.",
+            BYTES_PER_SECOND,
+            Query(HERE.rate(DISK_MOVED_BYTES, by=("direction",)), "{{direction}}"),
+            width=6,
+        ),
+    ),
+)
+
 BOARD = Board(
     "sessions",
     "LoopServe / Sessions",
-    "Turns a session, latency by turn, affinity hits, misses and moves, prefix reuse by source, hand-offs.",
-    (_NOW, _TURNS, _PLACE, _HANDOFFS),
+    "Turns a session, latency by turn, affinity hits, misses and moves, prefix reuse by source, hand-offs, disk.",
+    (_NOW, _TURNS, _PLACE, _HANDOFFS, _DISK),
 )

@@ -114,6 +114,9 @@ class FakeEngine:
     def set_compact_above(self, ratio: float) -> None:
         self.compact_above_ratio = ratio
 
+    def keep_notes(self, notes: object) -> None:
+        """It has no disk."""
+
 
 class ImageRefused(Exception):
     """As the engine's: outside of the tree, with a reason."""

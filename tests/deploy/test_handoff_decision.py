@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.handoff.decision import Decision, HeldSession, Places, Room, decide, displaced, hottest_first
+from deploy.handoff.decision import Decision, HeldSession, Places, Remaining, decide, displaced, hottest_first
 from deploy.handoff.records import Result
 from deploy.handoff.settings import PIECE_BYTES_MAX, HandoffSettings
 from deploy.settings import DeploySettings
@@ -17,7 +17,7 @@ from router.affinity import Affinity, AffinityKey, AffinitySettings, ReplicaLoad
 
 AFFINITY = AffinitySettings()
 SETTINGS = HandoffSettings()
-WIDE = Room(seconds=100.0, num_bytes=1 << 40)
+WIDE = Remaining(seconds=100.0, num_bytes=1 << 40)
 CHEAP = MoveCost(fixed_s=0.0, seconds_per_byte=1e-9)
 
 names = st.lists(st.text("abcdef", min_size=1, max_size=4), min_size=1, max_size=6, unique=True)
@@ -79,7 +79,7 @@ def test_what_moves_is_quicker_to_move_than_to_compute_and_within_every_limit(
     session = held(num_tokens=tokens, num_kv_bytes=num_bytes)
     cost = MoveCost(fixed_s=fixed_s, seconds_per_byte=per_byte_s)
     there = places(a=ReplicaLoad(prefill_s_per_token=prefill_s))
-    decision = decide(session, there, cost, room=Room(seconds, bytes_left), settings=SETTINGS)
+    decision = decide(session, there, cost, remaining=Remaining(seconds, bytes_left), settings=SETTINGS)
     move_s = cost.seconds(num_bytes)
     pays = prefill_s == 0 or move_s < tokens * prefill_s
     fits = num_bytes <= min(bytes_left, SETTINGS.session_bytes_max) and move_s <= min(seconds, SETTINGS.move_timeout_s)
@@ -89,9 +89,9 @@ def test_what_moves_is_quicker_to_move_than_to_compute_and_within_every_limit(
 
 def test_an_active_session_stays_and_one_without_a_place_is_told():
     there = places(a=ReplicaLoad())
-    assert decide(held(is_active=True), there, CHEAP, room=WIDE, settings=SETTINGS).left is Result.BUSY
+    assert decide(held(is_active=True), there, CHEAP, remaining=WIDE, settings=SETTINGS).left is Result.BUSY
     full = places(a=ReplicaLoad(accepting=False))
-    assert decide(held(), full, CHEAP, room=WIDE, settings=SETTINGS) == Decision(None, Result.REFUSED)
+    assert decide(held(), full, CHEAP, remaining=WIDE, settings=SETTINGS) == Decision(None, Result.REFUSED)
 
 
 def test_computing_is_as_fast_as_the_target_says_then_as_the_slowest_that_is_known():

@@ -178,12 +178,28 @@ def test_a_conversation_is_found_where_it_moved_by_all_its_keys_and_claimed_over
         old.learn("s", said, claim=f"claim-{said}")
     record = old.export("s")
     assert record is not None and old.export("unknown") is None
-    new.adopt("s", record)
+    new.adopt("s", record, takes_over=True)
     assert new.name_of("c1") == new.name_of("c2") == "name" and new.holds("s")
     assert [key for key, _ in new.claims(9)] == [key for key, _ in old.claims(9)] == ["claimed", "claim-c2", "claim-c1"]
     assert int(new.claims(9)[0][1]) > int(old.claims(9)[0][1]), "in whole seconds, as claims are"
     again = new.export("s")
     assert again is not None and (again.home, again.keys) == ("home", ("c1", "c2"))
+
+
+def test_who_finds_a_conversation_on_disk_claims_it_no_more_than_who_had_it():
+    old, found = (Conversations(limit=10, clock=Clock()) for _ in range(2))
+    old.use("s", "name", claim="claimed", home="home")
+    old.learn("s", "c")
+    record = old.export("s")
+    assert record is not None
+    found.adopt("s", record, takes_over=False)
+    assert found.name_of("c") == "name" and found.claims(9) == old.claims(9)
+    for _ in range(5):
+        found.use("s", "name")
+    found.learn("s", "later")
+    newer = found.export("s")
+    found.adopt("s", record, takes_over=False)
+    assert newer is not None and found.claims(9)[0][1] == newer.last_used_s and found.name_of("later") == "name"
 
 
 def test_a_record_is_another_one_once_a_turn_was_accepted_or_has_ended():
@@ -211,7 +227,7 @@ def test_what_was_said_here_is_newer_than_what_came_with_a_move():
         table.learn("s", said)
     record = elsewhere.export("s")
     assert record is not None
-    table.adopt("s", record)
+    table.adopt("s", record, takes_over=True)
     assert (table.name_of("here"), table.name_of("shared")) == ("name", "other")
     assert table.name_of(f"there{KEYS_PER_CONVERSATION - 1}") == "name" and table.name_of("there1") is None
     kept = table.export("s")
@@ -226,7 +242,7 @@ def test_a_session_that_moves_in_takes_the_place_of_the_least_recently_used():
     elsewhere.use("s", "s")
     record = elsewhere.export("s")
     assert record is not None
-    table.adopt("s", record)
+    table.adopt("s", record, takes_over=True)
     assert [table.holds(key) for key in "abs"] == [False, True, True]
 
 
@@ -244,7 +260,8 @@ def test_the_table_never_outgrows_its_limits_and_never_points_nowhere(acts: list
             table.learn(session, f"c{said}")
         elif act == "adopt":
             keys = tuple((f"c{number}", f"c{number}") for number in range(said, min(said + 4, 31)))
-            table.adopt(session, ConversationRecord(session, session, "", float(said), keys))
+            record = ConversationRecord(session, session, "", float(said), keys)
+            table.adopt(session, record, takes_over=said % 2 == 0)
         else:
             table.forget(session)
     found = [table.name_of(f"c{said}") for said in range(31)]

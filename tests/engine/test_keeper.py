@@ -54,8 +54,10 @@ class Client:
 
 
 @contextmanager
-def running(engine, **overrides):
+def running(engine, *, notes=None, **overrides):
     eng, _, _ = engine(decode=DECODE, **overrides)
+    if notes is not None:
+        eng.keep_notes(notes)
     eng.start()
     try:
         yield Client(eng)
@@ -122,6 +124,33 @@ def test_a_damaged_session_is_refused_counted_and_computed_again(engine, tmp_pat
         assert sum(count for _, count in counts.refused) == 1 and counts.loaded_sessions == 0
 
 
+class Notes:
+    """Something to be kept beside each session, and what was found."""
+
+    def __init__(self, *, about: bytes = b"") -> None:
+        self.about, self.seen = about, dict[str, bytes]()
+
+    def of(self, session_id) -> bytes:
+        return self.about and self.about + session_id.encode()
+
+    def found(self, session_id, notes: bytes) -> None:
+        self.seen[session_id] = notes
+
+
+def test_notes_beside_sessions_are_told_to_who_comes_after_and_to_nobody_while_they_are_held(engine, tmp_path):
+    with running(engine, notes=Notes(about=b"about "), disk=settings(tmp_path)) as client:
+        for session in ("a", "b"):
+            client.answer(PROMPT, session=session)
+        client.wait_until_saved(2)
+        with running(engine, notes=(beside := Notes()), disk=settings(tmp_path)) as other:
+            other.answer(PROMPT, session="c")
+            other.wait_until_saved(3)  # so it has looked
+            assert beside.seen == {}
+    with running(engine, notes=(after := Notes()), disk=settings(tmp_path)) as client:
+        client.wait_for(lambda _: len(after.seen) == 2, "nothing is told")
+    assert after.seen == {"a": b"about a", "b": b"about b"}, "and nothing of what had none"
+
+
 def test_another_models_sessions_are_not_seen(engine, tmp_path, expected):
     with running(engine, family="qwen3", disk=settings(tmp_path)) as client:
         client.answer(PROMPT)
@@ -152,7 +181,7 @@ def test_a_slow_disk_is_not_waited_for(engine, tmp_path, expected, monkeypatch):
 
 
 def test_a_full_disk_costs_nothing_but_the_sessions_that_do_not_fit(engine, tmp_path, expected, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise DiskFull("no room")
 
     monkeypatch.setattr(DiskTier, "save", full)
@@ -160,6 +189,21 @@ def test_a_full_disk_costs_nothing_but_the_sessions_that_do_not_fit(engine, tmp_
         assert client.answer(PROMPT).token_ids == expected[1]
         client.wait_for(lambda m: m.disk.full == 1, "a full disk is counted")
         assert client.answer(second_turn(expected)).token_ids == expected[2]
+
+
+def test_an_error_that_nobody_thought_of_is_counted_and_the_disk_is_used_on(engine, tmp_path, expected, monkeypatch):
+    with running(engine, disk=settings(tmp_path)) as client:
+        client.answer(PROMPT)
+        client.wait_until_saved()
+    load = DiskTier.load
+    monkeypatch.setattr(DiskTier, "load", lambda *_: 1 / 0)
+    with running(engine, disk=settings(tmp_path, save_after_s=60.0)) as client:
+        ended = client.answer(second_turn(expected))
+        assert ended.token_ids == expected[2] and ended.usage.cached_tokens == 0
+        client.wait_for(lambda m: m.disk.failed == 1, "a failure is counted")
+        monkeypatch.setattr(DiskTier, "load", load)
+    with running(engine, disk=settings(tmp_path)) as client:
+        assert client.answer([*PROMPT, *expected[1], 3]).usage.cached_tokens > 100
 
 
 def test_the_least_recently_saved_sessions_make_room_under_the_quota(engine, tmp_path):

@@ -44,6 +44,17 @@ def test_what_is_saved_is_loaded_by_another_engine(fleet):
     assert reader.load(T, "") is None and reader.load(S, "other") is None
 
 
+def test_notes_lie_beside_a_session_for_whoever_asks_and_claim_nothing(fleet):
+    owner, other = fleet.tier(), fleet.tier()
+    owner.save(conversation("s", 5), notes=bytes(range(256)))
+    owner.save(conversation("t", 5))
+    assert other.notes(S, "") == bytes(range(256)) and other.notes(T, "") == b"" and other.notes(S, "other") is None
+    owner.save(conversation("s", 6), notes=b"newer")
+    assert other.notes(S, "") == b"newer"
+    owner.drop(S, "")
+    assert other.notes(S, "") is None
+
+
 def test_last_save_counts(fleet):
     tier = fleet.tier()
     for num_tokens in (5, 40, 20, 0, 33):

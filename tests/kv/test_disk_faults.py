@@ -335,7 +335,7 @@ def test_manifest_of_another_format_or_version_is_refused_with_its_reason(tmp_pa
     line, _, table = path.read_bytes().partition(b"\n")
     about = json.loads(text_of(line))
     for change, reason in (
-        ({"version": 2}, Refusal.VERSION),
+        ({"version": 1}, Refusal.VERSION),
         ({"kv_format": "0" * 32}, Refusal.FOREIGN),
         ({"entry": {}}, Refusal.CORRUPT),
     ):

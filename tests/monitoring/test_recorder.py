@@ -6,7 +6,16 @@ import pytest
 
 from deploy.handoff.records import Result
 from loopserve.dialogue import FinishReason, Mode, QualityReport, SessionId, TurnUsage
-from loopserve.stats import BudgetDemand, MemoryStats, Occupancy, PressureCounts, StepStats, TokenGap, TurnStats
+from loopserve.stats import (
+    BudgetDemand,
+    DiskCounts,
+    MemoryStats,
+    Occupancy,
+    PressureCounts,
+    StepStats,
+    TokenGap,
+    TurnStats,
+)
 from monitoring import catalogue as c
 from monitoring.catalogue import CATALOGUE, Kind, Metric, Origin, turn_bucket
 from monitoring.exposition import Part, PrometheusSink, page
@@ -159,6 +168,20 @@ def test_pressure_steps_are_there_from_the_start_and_counted_by_what_was_added_s
     for totals in ((7, 2, 1, 0, 0), (7, 2, 1, 0, 0), (9, 3, 1, 4, 5)):
         recorder.record(memory(pressure=PressureCounts(*totals)))
         assert steps(log) == dict(zip(names, totals, strict=True))
+
+
+def test_the_disk_is_counted_where_there_is_one():
+    log = Log()
+    recorder = MemoryRecorder(log)
+    recorder.record(memory())
+    assert not [key for key in (*log.gauges, *log.counts) if "disk" in key[0]]
+    disk = DiskCounts(saved_sessions=3, saved_bytes=300, loaded_sessions=1, loaded_bytes=90, late=2, num_sessions=2)
+    for told in (disk, disk.with_refused("corrupt").with_refused("version").plus(full=1)):
+        recorder.record(memory(disk=told))
+    counted = {key[1]: n for key, n in log.counts.items() if key[0] == "loopserve_disk_outcomes_total" and n}
+    assert counted == {"saved": 3, "loaded": 1, "late": 2, "refused": 2, "full": 1}
+    assert log.counts["loopserve_disk_moved_bytes_total", "loaded"] == 90
+    assert log.gauges["loopserve_disk_sessions",] == 2
 
 
 def test_of_two_who_look_at_once_the_one_that_comes_late_takes_nothing_back():

@@ -6,7 +6,7 @@
         packs/                      blocks, each once in a tenant               (`packs`)
 
 It is memory, not an archive: all of it can be computed again. So what is damaged is refused, never mended, and what does not fit goes
-(`room`). What is promised instead: one owner a session, the owner's last save or nothing, and no byte that was not checked. An engine
+(`sweeper`). What is promised instead: one owner a session, the owner's last save or nothing, and no byte that was not checked. An engine
 may be killed between any two system calls; the others go on, and clear up after it.
 """
 

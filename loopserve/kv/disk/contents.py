@@ -4,6 +4,7 @@ A save is planned, then carried out: nothing is written before it is known to fi
 that running out of room leaves nothing behind; then they get their own; the manifest comes last, and it is what counts.
 """
 
+import base64
 import contextlib
 import secrets
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from loopserve.kv.disk.journal import Act, Entry, Journal, Saved
 from loopserve.kv.disk.leases import Engines
 from loopserve.kv.disk.owners import TRIES, Owners
 from loopserve.kv.disk.packs import NewBlock, NewPack, Packs, Place
-from loopserve.kv.disk.room import Room
+from loopserve.kv.disk.sweeper import Sweeper
 from loopserve.kv.image import (
     BlockNamer,
     BranchImage,
@@ -53,6 +54,7 @@ class _Table:
     branches: tuple[BranchImage, ...]
     pack_of: tuple[int, ...]
     index_of: tuple[int, ...]
+    notes: str  # base64
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Contents:
         engines: Engines,
         journal: Journal,
         packs: Packs,
-        room: Room,
+        sweeper: Sweeper,
         owners: Owners,
         *,
         quota_bytes: int,
@@ -89,15 +91,15 @@ class Contents:
         self._engines = engines
         self._journal = journal
         self._packs = packs
-        self._room = room
+        self._sweeper = sweeper
         self._owners = owners
         self._quota_bytes = quota_bytes
 
-    def save(self, image: SessionImage, held: Entry) -> SavedSession:
+    def save(self, image: SessionImage, notes: bytes, held: Entry) -> SavedSession:
         """Store a session behind our newest entry of it. Raises LeaseLost, DiskFull, DiskFailed, OSError."""
         blocks = self._named(image)
         for _ in range(TRIES):
-            plan = self._planned(image, blocks, held)
+            plan = self._planned(image, notes, blocks, held)
             if self._carry_out(plan, image):
                 num_written = sum(len(pack.blocks) for pack in plan.packs)
                 return SavedSession(held.epoch, plan.num_bytes, num_written, image.num_blocks - num_written)
@@ -134,6 +136,13 @@ class Contents:
             self._packs.read(pack, sorted(places), namer, keys, values)
         return image
 
+    def notes(self, entry: Entry) -> bytes:
+        """What was put beside the image that an entry saved. Raises ImageRefused, OSError."""
+        try:
+            return base64.b64decode(parsed(_TABLE, self._journal.table(entry)).notes, validate=True)
+        except ValueError:
+            raise ImageRefused(Refusal.CORRUPT, "the notes are not in base64") from None
+
     def _named(self, image: SessionImage) -> list[NewBlock]:
         """The blocks of an image, by index, under the names that their content gives them."""
         namer, block = BlockNamer(self._fmt, image.salt), torch.empty(self._fmt.block_shape, dtype=self._fmt.dtype)
@@ -143,7 +152,7 @@ class Contents:
             blocks.append(NewBlock(index, namer.name(block), num_filled))
         return blocks
 
-    def _planned(self, image: SessionImage, blocks: Sequence[NewBlock], held: Entry) -> _Plan:
+    def _planned(self, image: SessionImage, notes: bytes, blocks: Sequence[NewBlock], held: Entry) -> _Plan:
         """What a save will write behind the entry that we hold. Raises DiskFull where the quota forbids it."""
         known = self._packs.known(image.salt)
         fresh = {block.name: block for block in reversed(blocks) if block.name not in known}
@@ -158,6 +167,7 @@ class Contents:
                 branches=image.branches,
                 pack_of=tuple(number_of[place.pack] for place in found),
                 index_of=tuple(place.index for place in found),
+                notes=base64.b64encode(notes).decode("ascii"),
             )
         )
         content = Saved(
@@ -177,7 +187,7 @@ class Contents:
             content=content,
         )
         num_bytes = sum(pack.num_bytes for pack in packs) + len(self._journal.file_of(entry, table))
-        used_bytes = self._room.used_bytes()
+        used_bytes = self._sweeper.used_bytes()
         if used_bytes + num_bytes > self._quota_bytes:
             raise DiskFull(
                 f"The KV directory may hold {self._quota_bytes} bytes and holds {used_bytes}; {num_bytes} more do not fit. "
@@ -229,4 +239,4 @@ class Contents:
         with contextlib.suppress(OSError):
             for _, temporary in written:
                 self._files.unlink(temporary)
-            self._room.collect(pack.name for pack, _ in written)
+            self._sweeper.collect(pack.name for pack, _ in written)

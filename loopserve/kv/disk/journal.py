@@ -35,7 +35,7 @@ from loopserve.kv.disk.files import Files
 from loopserve.kv.disk.leases import owner_of_temporary, temporary_name
 from loopserve.kv.sealed import ImageRefused, Refusal, checked_line, digest, escaped, parsed, text_of
 
-VERSION = 1
+VERSION = 2
 _TRIES = 100  # entries that appear while one is read; each is somebody's progress
 _PEEK_BYTES = 1 << 16  # most first lines are shorter
 

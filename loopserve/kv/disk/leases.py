@@ -4,7 +4,7 @@ Every engine has two files in `engines/`, named by a token that no other has, an
 
     <token>.json    who it is; its time is the last heartbeat. Gone: the engine left, and all its leases with it
     <token>.clock   touched to read the file system's clock: times of files are compared with times of files, never with a machine's
-    <token>.pins    packs that a manifest of this engine is about to name (see `room`)
+    <token>.pins    packs that a manifest of this engine is about to name (see `sweeper`)
 
 A network file system may tell old times for as long as it caches attributes. Files are opened to be asked, which makes it ask its server;
 a lease should last several times as long as that cache, all the same.

@@ -6,7 +6,7 @@
     about     KVFormat, the pack's own name, the names of its blocks (`BlockNamer`)
 
 The packs are their own index: their headers say which blocks a tenant has, and are read when it first saves. A pack is written under a
-temporary name and never changes. When it goes is decided in `room`. Full blocks and partly filled ones lie in packs of their own: the
+temporary name and never changes. When it goes is decided by `sweeper`. Full blocks and partly filled ones lie in packs of their own: the
 latter are superseded by the next save, and their packs with them. Two engines that store one block at the same moment store it twice; and
 a pack stays whole while one of its blocks is needed, so what was dropped may lie there beside what another session of the tenant shares.
 """

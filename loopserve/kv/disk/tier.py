@@ -1,8 +1,8 @@
 """The disk tier: sessions of one KV format in a directory, which several engines may use at once. Floor 2.
 
 Puts together who lives (`leases`), what happened (`journal`), who owns what (`owners`), where the bytes are (`packs`), how they get there
-and back (`contents`), and what may go (`room`). Synchronous: the engine calls it from a worker thread, and what a slow disk means to turns
-is the engine's business.
+and back (`contents`), and what may go (`sweeper`). Synchronous: the engine calls it from a worker thread, and what a slow disk means to
+turns is the engine's business.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from loopserve.kv.disk.journal import Act, Journal, session_key
 from loopserve.kv.disk.leases import Engines, Process, is_gone, temporary_name
 from loopserve.kv.disk.owners import TRIES, Owners
 from loopserve.kv.disk.packs import Packs
-from loopserve.kv.disk.room import Room
+from loopserve.kv.disk.sweeper import Sweeper
 from loopserve.kv.image import ImageRefused, KVFormat, Refusal, SessionImage, format_digest, image_fault
 from loopserve.kv.sealed import unescaped
 
@@ -98,7 +98,7 @@ class DiskTier:
         )
         self._journal = Journal(sessions, self._files, kv_format=kv_format)
         self._packs = Packs(packs, self._files, fmt)
-        self._room = Room(root, self._files, self._engines, self._journal, self._packs)
+        self._sweeper = Sweeper(root, self._files, self._engines, self._journal, self._packs)
         self._owners = Owners(self._files, self._engines, self._journal, name=self._name, lease_s=lease_s)
         self._contents = Contents(
             fmt,
@@ -106,7 +106,7 @@ class DiskTier:
             self._engines,
             self._journal,
             self._packs,
-            self._room,
+            self._sweeper,
             self._owners,
             quota_bytes=quota_bytes,
         )
@@ -130,7 +130,7 @@ class DiskTier:
     def used_bytes(self) -> int:
         """The sizes of all files of this format below the directory, half written ones included. Linear in their number."""
         with self._working("count bytes"):
-            return self._room.used_bytes()
+            return self._sweeper.used_bytes()
 
     def heartbeat(self) -> None:
         """Keep this engine's sessions for another `lease_s`. Waits for no other method."""
@@ -161,8 +161,10 @@ class DiskTier:
             with contextlib.suppress(OSError):
                 self._engines.leave()
 
-    def save(self, image: SessionImage) -> SavedSession:
+    def save(self, image: SessionImage, *, notes: bytes = b"") -> SavedSession:
         """Store a session, as its owner. What was saved before is there until this is, and where this fails.
+
+        `notes` are kept beside it for whoever asks; what they mean is the caller's business.
 
         The image must be good (`image_fault`). Raises LeasedElsewhere; LeaseLost where the session was ours and is not any more; DiskFull,
         where `make_room` may help.
@@ -171,7 +173,7 @@ class DiskTier:
         assert fault is None, fault
         with self._working("save a session"):
             held = self._owners.still_ours(session_key(image.session_id, image.salt))
-            return self._contents.save(image, held or self._owners.own(image.session_id, image.salt))
+            return self._contents.save(image, notes, held or self._owners.own(image.session_id, image.salt))
 
     def load(self, session_id: SessionId, salt: str) -> SessionImage | None:
         """What was saved last, and become the session's owner; None where nothing is. Reads no other blocks than its own.
@@ -199,6 +201,17 @@ class DiskTier:
             self._owners.still_ours(key)
             return image
 
+    def notes(self, session_id: SessionId, salt: str) -> bytes | None:
+        """What was kept beside a session when it was saved last; None where nothing is saved. Claims nothing. Raises ImageRefused."""
+        with self._working("read a session's notes"):
+            newest = self._journal.newest(session_key(session_id, salt))
+            if newest is None or newest.saved is None:
+                return None
+            try:
+                return self._contents.notes(self._journal.read(newest.key, newest.saved))
+            except FileNotFoundError:  # saved anew, or dropped, in this moment
+                return None
+
     def drop(self, session_id: SessionId, salt: str) -> bool:
         """Forget a session, and remove what only it needs; whether there was one. Raises LeasedElsewhere, and LeaseLost."""
         with self._working("drop a session"):
@@ -215,7 +228,7 @@ class DiskTier:
                     break
             else:
                 raise LeaseLost("The session changed hands while it was dropped.")
-            self._room.collect(packs)
+            self._sweeper.collect(packs)
             return was_there
 
     def sessions(self) -> tuple[StoredSession, ...]:
@@ -250,22 +263,22 @@ class DiskTier:
         """
         with self._working("make room"):
             spared = {session_key(session_id, salt) for session_id, salt in keep}
-            before = self._room.used_bytes()
-            self._room.tidy(self._owners.drop_unread)
+            before = self._sweeper.used_bytes()
+            self._sweeper.tidy(self._owners.drop_unread)
             num_dropped = 0
             while (missing := self._missing_bytes(num_bytes)) > 0:
-                victims = self._room.victims(missing, spared=spared)
+                victims = self._sweeper.victims(missing, spared=spared)
                 if not victims:
                     break
                 dropped = [victim for victim in victims if self._owners.drop(victim.key, victim.last, victim.newest)]
-                self._room.collect({pack for victim in dropped if victim.content for pack in victim.content.packs})
+                self._sweeper.collect({pack for victim in dropped if victim.content for pack in victim.content.packs})
                 spared.update(victim.key for victim in victims)  # one that is back already is somebody's
                 num_dropped += len(dropped)
-            return Freed(num_dropped, max(0, before - self._room.used_bytes()), missing <= 0)
+            return Freed(num_dropped, max(0, before - self._sweeper.used_bytes()), missing <= 0)
 
     def _missing_bytes(self, num_bytes: int) -> int:
         """What must go before `num_bytes` more can come; 0 or less: nothing."""
-        free = min(self._quota_bytes - self._room.used_bytes(), self._files.free_bytes(self._directory))
+        free = min(self._quota_bytes - self._sweeper.used_bytes(), self._files.free_bytes(self._directory))
         return num_bytes - free
 
     def _try_out(self, directory: Path) -> None:

@@ -23,7 +23,7 @@ from loopserve.kv.disk.leases import Engines
 from loopserve.kv.disk.packs import Packs
 
 
-class Room:
+class Sweeper:
     """Removes what is not wanted. Not thread-safe."""
 
     def __init__(self, root: Path, files: Files, engines: Engines, journal: Journal, packs: Packs) -> None:
