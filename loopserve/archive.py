@@ -115,19 +115,25 @@ class Archive:
             self._work.notify_all()
         for thread in self._threads:
             thread.join(flush_s)
-        deadline_s = self._clock() + flush_s
-        while not any(thread.is_alive() for thread in self._threads):
-            if not self._quiet_until_s <= self._clock() < deadline_s:
-                break  # no time is left, or the last save failed
-            session_id = self._unsaved()
-            if session_id is None:
-                break
-            self._save(session_id)
+        try:
+            if not any(thread.is_alive() for thread in self._threads):
+                self._save_all(self._clock() + flush_s)
+        except Exception:  # the device breaks while it is read: what is saved is saved
+            _log.exception("what is unsaved stays so")
+            self.count(failed=1)
         with self._work:
             jobs, self._jobs = list(self._jobs), deque()
         for job in jobs:
             job.done.set_exception(EngineUnavailable("The engine is shutting down."))
         self._disk.close()
+
+    def _save_all(self, deadline_s: float) -> None:
+        """Save until nothing is unsaved, no time is left, or a save fails."""
+        while self._quiet_until_s <= self._clock() < deadline_s:
+            session_id = self._unsaved()
+            if session_id is None:
+                return
+            self._save(session_id)
 
     def salt_of(self, session_id: SessionId) -> str | None:
         """The salt under which a session lies on disk, as far as it is known."""

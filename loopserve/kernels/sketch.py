@@ -5,10 +5,12 @@ every channel: of all such vectors this is the nearest to k. In bytes that is (D
 16 bits.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 SCALE_DTYPE = torch.bfloat16  # two bytes with the range of float32
 
@@ -47,9 +49,28 @@ def check_sketch(query: Tensor, sketch: KeySketch) -> None:
     assert query.shape[1] % sketch.signs.shape[1] == 0, "query heads are no multiple of KV heads"
 
 
-def sketched_keys(sketch: KeySketch, slots: Tensor, *, head: int, head_dim: int) -> Tensor:
-    """What the sketches of one KV head stand for, float32: slots int64 [N] -> [N, D]. For the references: signs through a table."""
-    byte = torch.arange(256, device=slots.device)[:, None]
-    table = ((byte >> torch.arange(8, device=slots.device)) & 1).float() * 2 - 1  # [256, 8]
-    signs = table[sketch.signs[:, head].index_select(0, slots).long()].flatten(1)[:, :head_dim]
-    return signs * sketch.scales[:, head].index_select(0, slots).float()[:, None]
+def sketched_products(query: Tensor, sketch: KeySketch, keys: Tensor) -> Tensor:
+    """Products of query rows and what sketches stand for, float32: query [L, G, D], keys int64 [L, N] -> [L, G, N].
+
+    Key slot * Hkv + head is that of one slot and KV head. For the references: nothing is unpacked, a byte of signs picks its eight
+    channels' part of a product from a table of the list's own.
+    """
+    num_lists, num_heads, head_dim = query.shape
+    num_bytes = sketch.signs.shape[2]
+    channels = functional.pad(query.float(), (0, 8 * num_bytes - head_dim)).view(num_lists, num_heads, num_bytes, 8)
+    parts = (channels @ _signs_of_bytes(query.device).T).permute(0, 2, 3, 1)  # [L, bytes, 256, G]
+    first = (
+        torch.arange(num_lists * num_bytes, dtype=torch.int32, device=query.device).view(num_lists, 1, num_bytes) * 256
+    )
+    listed = keys.flatten()
+    picked = sketch.signs.flatten(0, 1).index_select(0, listed).view(*keys.shape, num_bytes) + first
+    products = functional.embedding_bag(picked.flatten(0, 1), parts.flatten(0, 2).contiguous(), mode="sum")  # [L N, G]
+    scales = sketch.scales.flatten().index_select(0, listed).float().view(num_lists, 1, keys.shape[1])
+    return products.view(*keys.shape, num_heads).transpose(1, 2).contiguous().mul_(scales)
+
+
+@functools.cache
+def _signs_of_bytes(device: torch.device) -> Tensor:
+    """The eight signs that each byte stands for, float32 [256, 8]."""
+    byte, bit = torch.arange(256, device=device), torch.arange(8, device=device)
+    return ((byte[:, None] >> bit) & 1).float() * 2 - 1
