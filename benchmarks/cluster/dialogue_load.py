@@ -12,7 +12,7 @@ import json
 import random
 import time
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -79,6 +79,15 @@ class Dialogue:
     session_id: str | None  # sent as `x-session-id`; None: no header at all
     system: str
     user_texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SaidBy:
+    """Whose turn it is."""
+
+    dialogue: str
+    session_id: str | None  # sent as `x-session-id`; None: no header at all
+    number: int  # 1, 2, ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +167,8 @@ async def _hold(
         async with gate:
             for _ in range(load.num_turns if load.pace is Pace.DIALOGUES else 1):
                 messages.append({"role": "user", "content": dialogue.user_texts[len(turns)]})
-                turns.append(await _answered(http, _body(model, messages, load), dialogue, len(turns) + 1))
+                said = SaidBy(dialogue.name, dialogue.session_id, len(turns) + 1)
+                turns.append(await answered(http, _body(model, messages, load), said))
                 messages.append({"role": "assistant", "content": turns[-1].answer})
                 on_turn(turns[-1])
     return turns
@@ -176,9 +186,9 @@ def _body(model: str, messages: Sequence[dict[str, str]], load: Load) -> dict[st
     }
 
 
-async def _answered(http: httpx.AsyncClient, body: dict[str, Any], dialogue: Dialogue, number: int) -> Turn:
+async def answered(http: httpx.AsyncClient, body: Mapping[str, Any], said: SaidBy) -> Turn:
     """One turn, sent and read to its end. Raises TurnFailed."""
-    headers = {"x-session-id": dialogue.session_id} if dialogue.session_id else {}
+    headers = {"x-session-id": said.session_id} if said.session_id else {}
     texts: list[str] = []
     first_token_s: float | None = None
     usage: dict[str, Any] | None = None
@@ -197,8 +207,8 @@ async def _answered(http: httpx.AsyncClient, body: dict[str, Any], dialogue: Dia
         if first_token_s is None or usage is None:
             raise TurnFailed("the stream ended without text or usage")
         return Turn(
-            dialogue=dialogue.name,
-            number=number,
+            dialogue=said.dialogue,
+            number=said.number,
             replica=response.headers["x-loopserve-replica"],
             session_name=response.headers["x-session-id"],
             first_token_s=first_token_s,
@@ -209,7 +219,7 @@ async def _answered(http: httpx.AsyncClient, body: dict[str, Any], dialogue: Dia
             answer="".join(texts),
         )
     except (httpx.HTTPError, LookupError, TurnFailed) as error:
-        raise TurnFailed(f"{dialogue.name}, turn {number}: {type(error).__name__} {error}") from error
+        raise TurnFailed(f"{said.dialogue}, turn {said.number}: {type(error).__name__} {error}") from error
 
 
 async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

@@ -444,11 +444,11 @@ def notes(args: argparse.Namespace, loaded: LoadedModel, live: Live, engine: Eng
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 128, 512], help="tokens, a phase each")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 512, 2048], help="tokens, a phase each")
     parser.add_argument("--phase-steps", type=int, default=400)
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--dialogues", type=int, default=24, help="different ones")
-    parser.add_argument("--context-tokens", type=int, default=4096, help="of a dialogue")
+    parser.add_argument("--context-tokens", type=int, default=8192, help="of a dialogue")
     parser.add_argument("--answer-tokens", type=int, default=64)
     parser.add_argument("--measure-outputs", type=int, default=16, help="coverage is measured after so many")
     parser.add_argument(
