@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 KEYS_PER_CONVERSATION = 8  # branches a client can come back to; as many as the engine keeps of a session
 
+_Continuations = tuple[tuple[str, str], ...]  # continuation key and its claim
 _NEWER_BY_S = 1.0  # claims are whole seconds, and for a moment routers see those of both replicas
 
 
@@ -26,7 +27,7 @@ class ConversationRecord:
     claim: str
     home: str  # key by which routers place it where nobody claims it; empty: its session key
     last_used_s: float  # unix time
-    continuations: tuple[tuple[str, str], ...]  # continuation key and its claim, oldest first
+    continuations: _Continuations  # oldest first
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ class Conversations:
         return len(self._by_session)
 
     def holds(self, session_key: str) -> bool:
-        """Whether the session has had a turn here."""
+        """Whether the session has had a turn here, or came from elsewhere."""
         return session_key in self._by_session
 
     def name_of(self, continuation: str | None) -> str | None:
@@ -72,39 +73,50 @@ class Conversations:
         """
         return self._by_session.get(session_key)
 
-    def adopt(self, session_key: str, record: ConversationRecord, *, takes_over: bool) -> None:
-        """Hold a session that was held elsewhere; what was said here counts as newer.
+    def adopt(self, session_key: str, record: ConversationRecord, *, takes_over: bool) -> bool:
+        """Hold a session that was held elsewhere, or lies on disk; whether it is held now. Of here and there the newer counts.
 
-        `takes_over`: it is claimed over whoever held it, else as that one claimed it.
+        `takes_over`: it is claimed over whoever held it, and what is least recently used makes room. Else it is claimed as it was, and
+        nobody goes for it.
         """
         known = self._by_session.get(session_key)
-        base = known or replace(record, last_used_s=0.0, continuations=())
+        if known is None and not takes_over and len(self) >= self._limit:
+            return False
+        own = (pair for pair in record.continuations if self._by_continuation.get(pair[0], session_key) == session_key)
         used_s = record.last_used_s + (_NEWER_BY_S if takes_over else 0.0)
-        self._by_session[session_key] = replace(base, last_used_s=max(base.last_used_s, used_s))
-        for continuation, claim in (*record.continuations, *base.continuations):
-            if self._by_continuation.get(continuation, session_key) == session_key:  # else a newer session's here
-                self.learn(session_key, continuation, claim=claim)
-        self._note_use(session_key)
+        theirs = replace(record, last_used_s=used_s, continuations=tuple(own))  # else a newer session's here
+        older, newer = (theirs, known or theirs)
+        if known is not None and known.last_used_s < theirs.last_used_s:
+            older, newer = known, theirs
+        self._put(session_key, replace(newer, continuations=_joined(older.continuations, newer.continuations)))
+        if takes_over:
+            self._note_use(session_key)
+        elif known is None:
+            self._by_session.move_to_end(session_key, last=False)
+        return True
 
     def learn(self, session_key: str, continuation: str, *, claim: str | None = None) -> None:
         """An answer was given: its conversation comes back under `continuation`. Ignored for a session that was forgotten meanwhile."""
-        if session_key not in self._by_session:
+        conversation = self._by_session.get(session_key)
+        if conversation is None:
             return
         previous = self._by_continuation.get(continuation)
-        if previous is not None:  # of two users who said and heard the same, the newest session goes on
-            self._drop_continuation(previous, continuation)
-        self._by_continuation[continuation] = session_key
-        conversation = self._by_session[session_key]
-        continuations = (*conversation.continuations, (continuation, claim or continuation))
-        self._by_session[session_key] = replace(conversation, continuations=continuations)
-        if len(continuations) > KEYS_PER_CONVERSATION:
-            self._drop_continuation(session_key, continuations[0][0])
+        if (
+            previous is not None and previous != session_key
+        ):  # two users said and heard the same: the newest session goes on
+            other = self._by_session[previous]
+            kept = tuple(pair for pair in other.continuations if pair[0] != continuation)
+            self._put(previous, replace(other, continuations=kept))
+        joined = _joined(conversation.continuations, ((continuation, claim or continuation),))
+        self._put(session_key, replace(conversation, continuations=joined))
 
-    def _drop_continuation(self, session_key: str, continuation: str) -> None:
-        del self._by_continuation[continuation]
-        conversation = self._by_session[session_key]
-        kept = tuple(pair for pair in conversation.continuations if pair[0] != continuation)
-        self._by_session[session_key] = replace(conversation, continuations=kept)
+    def _put(self, session_key: str, record: ConversationRecord) -> None:
+        """A session's record from now on; it is found by the keys of this one alone."""
+        before = self._by_session.get(session_key)
+        self._by_session[session_key] = record
+        for key in before.keys if before is not None else ():
+            del self._by_continuation[key]
+        self._by_continuation.update(dict.fromkeys(record.keys, session_key))
 
     def _note_use(self, session_key: str) -> None:
         self._by_session.move_to_end(session_key)
@@ -131,3 +143,12 @@ class Conversations:
             newest += [(key, conversation.last_used_s) for key in keys[:2]]
             beside += [(key, conversation.last_used_s) for key in keys[2:]]
         return (newest + beside)[:limit]
+
+
+def _joined(older: _Continuations, newer: _Continuations) -> _Continuations:
+    """Both, newest last and each key once, as many as a conversation keeps."""
+    claims = dict(older)
+    for key, claim in newer:
+        claims.pop(key, None)
+        claims[key] = claim
+    return tuple(claims.items())[-KEYS_PER_CONVERSATION:]

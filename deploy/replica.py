@@ -84,8 +84,8 @@ class EngineLike(Protocol):
     def session(self, session_id: SessionId) -> SessionInfo:
         """One session. Raises NotFound."""
 
-    def release(self, session_id: SessionId) -> None:
-        """Forget a session. Raises NotFound."""
+    def release(self, session_id: SessionId, *, cache_salt: str | None = None) -> None:
+        """Forget a session; with its salt also one that lies on disk only. Raises NotFound."""
 
     def export_session(self, session_id: SessionId) -> bytes:
         """The image of an idle session. Raises NotFound, Overloaded while a turn of it is there, EngineUnavailable."""
@@ -277,7 +277,7 @@ class Replica:
         self._conversations.forget(key)
         self._chat.forget(session_id)
         try:
-            await asyncio.to_thread(self._engine.release, session_id)
+            await asyncio.to_thread(self._engine.release, session_id, cache_salt=tenant)
         except NotFound:
             return False
         return True

@@ -13,8 +13,8 @@ Floor 6 beside the engine, which it knows by three callables. Knows nothing abou
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
@@ -22,7 +22,7 @@ from enum import Enum
 from loopserve.config import DiskSettings
 from loopserve.dialogue import SessionId
 from loopserve.errors import EngineUnavailable, LoopServeError
-from loopserve.kv.disk import DiskFull, DiskTier, LeasedElsewhere, LeaseLost, TierError
+from loopserve.kv.disk import DiskFull, DiskTier, LeasedElsewhere, LeaseLost, StoredSession, TierError
 from loopserve.kv.image import ImageRefused, SessionImage
 from loopserve.move_cost import MoveCost
 from loopserve.notes import SessionNotes
@@ -32,8 +32,12 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.5  # how often an idle thread asks whether something is to be saved
 _BACK_OFF_S = 30.0  # without saving after a save that failed
 _LOOK_EVERY_S = 15.0  # or every lease, where that is longer: the disk is looked through
+_LOOK_REST = 20.0  # times as long as a look took, the next one waits at least
+_DOOMED_LOOKS = 4  # so long a deletion is remembered that could not be carried out
+_DOOMED_MAX = 4096
 
 Unsaved = Callable[[], SessionId | None]
+_Name = tuple[SessionId, str]  # id and salt
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class _Job:
     act: _Act
     session_id: SessionId
     salt: str
-    done: Future[None]
+    done: Future[bool]  # of a drop: whether something was there
 
 
 class Archive:
@@ -97,10 +101,14 @@ class Archive:
         self._threads: list[threading.Thread] = []
         self._counts = DiskCounts()
         self.loading = MoveCost(fixed_s=0.01, seconds_per_byte=1 / 500e6)  # until loads were measured: a slow disk
-        self._known = {(found.session_id, found.salt): found.num_bytes for found in disk.sessions()}
+        self._known = _usable(disk.sessions())
         self._look_next_s = clock()
-        self._untold: deque[tuple[SessionId, str]] = deque()
-        self._told: dict[tuple[SessionId, str], float] = {}  # or about to be: when it had been saved
+        self._untold: deque[_Name] = deque()
+        self._told: dict[_Name, float] = {}  # or about to be: when it had been saved
+        self._doomed: OrderedDict[_Name, float] = (
+            OrderedDict()
+        )  # deleted, but somebody else's; until when that is remembered
+        self._saving = threading.Lock()
 
     def start(self) -> None:
         """Run until `stop`."""
@@ -141,6 +149,8 @@ class Archive:
 
     def num_bytes(self, session_id: SessionId, salt: str) -> int | None:
         """Bytes of a session's KV on disk; 0 where only a look would tell; None where there is none."""
+        if self._is_doomed((session_id, salt)):
+            return None
         known = self._known.get((session_id, salt))
         return 0 if known is None and self._settings.shared else known
 
@@ -153,14 +163,19 @@ class Archive:
         """Bring a session; an `Arrival` follows in any case."""
         self._add(_Job(_Act.FETCH, session_id, salt, Future()))
 
-    def drop(self, session_id: SessionId, salt: str) -> Future[None]:
-        """Forget a session; done when it is gone from the disk, or cannot be removed."""
+    def drop(self, session_id: SessionId, salt: str) -> Future[bool]:
+        """Forget a session; done when it is gone from the disk, with whether it was there.
+
+        What is another engine's is left to that one, which is told to forget it, too. Where that one is gone, it is removed when its
+        lease is over, and until then neither brought nor told of.
+        """
         self._known.pop((session_id, salt), None)
         job = _Job(_Act.DROP, session_id, salt, Future())
         if self.is_running:
             self._add(job)
         else:
-            self._carry_out(job)
+            with self._saving:  # or the last save would come after it
+                self._carry_out(job)
         return job.done
 
     def take_arrivals(self) -> list[Arrival]:
@@ -181,7 +196,8 @@ class Archive:
 
     def _add(self, job: _Job) -> None:
         with self._work:
-            if job.act is _Act.FETCH:
+            is_dropped = any((other.session_id, other.salt) == (job.session_id, job.salt) for other in self._jobs)
+            if job.act is _Act.FETCH and not is_dropped:
                 self._jobs.appendleft(job)
             else:
                 self._jobs.append(job)
@@ -197,46 +213,69 @@ class Archive:
                 self._quiet_until_s = self._clock() + _BACK_OFF_S
 
     def _do_next(self) -> None:
-        """Wait for something to do, not for long, and do it."""
+        """Do what is to be done next, or wait for it, not for long."""
         with self._work:
-            if not self._jobs and not self._untold and self._clock() < self._look_next_s:
-                self._work.wait(_POLL_S)
             job = self._jobs.popleft() if self._jobs else None
         if job is not None:
             self._carry_out(job)
-        elif self._untold:
-            self._tell(self._untold.popleft())
-        elif self._clock() >= self._look_next_s:
-            self._look()
-        elif not self._is_stopping.is_set() and self._clock() >= self._quiet_until_s:
-            session_id = self._unsaved()
-            if session_id is not None:
-                self._save(session_id)
+        elif not (self._save_next() or self._tell_next() or self._look()):
+            with self._work:
+                if not self._jobs and not self._is_stopping.is_set():
+                    self._work.wait(_POLL_S)
 
-    def _look(self) -> None:
-        """Learn what lies there, and what of it nobody holds."""
-        self._look_next_s = self._clock() + max(self._settings.lease_s, _LOOK_EVERY_S)
+    def _save_next(self) -> bool:
+        if self._clock() < self._quiet_until_s:
+            return False
+        session_id = self._unsaved()
+        if session_id is None:
+            return False
         try:
-            stored = sorted(self._disk.sessions(), key=lambda found: found.saved_s)
-        except TierError as error:
-            _log.warning("the sessions on disk could not be listed: %s", error)
-            return
-        self._known = {(found.session_id, found.salt): found.num_bytes for found in stored}
-        free = {(found.session_id, found.salt): found.saved_s for found in stored if found.owner is None}
-        self._untold.extend(name for name, saved_s in free.items() if self._told.get(name) != saved_s)
-        self._told = free
+            self._save(session_id)
+        except EngineUnavailable:  # what is unsaved is saved at its end, if it is sound
+            self._is_stopping.wait(_POLL_S)
+        return True
 
-    def _tell(self, name: tuple[SessionId, str]) -> None:
+    def _tell_next(self) -> bool:
         """Tell of a session that nobody holds."""
-        if self.notes is None:
-            return
+        if self._is_stopping.is_set() or not self._untold:
+            return False
+        name = self._untold.popleft()
+        if self.notes is None or self._is_doomed(name):
+            return True
         try:
             notes = self._disk.notes(*name)
         except (ImageRefused, TierError) as error:
             _log.warning("the notes on session %s are not read: %s", name[0], error)
-            return
+            if isinstance(error, TierError):
+                self._told.pop(name, None)  # tried again after the next look
+            return True
         if notes:
             self.notes.found(name[0], notes)
+        return True
+
+    def _look(self) -> bool:
+        """Learn what lies there, and what of it nobody holds, now and then; newest first."""
+        began_s = self._clock()
+        if self._is_stopping.is_set() or began_s < self._look_next_s:
+            return False
+        try:
+            stored = sorted(self._disk.sessions(), key=lambda found: found.saved_s, reverse=True)
+        except TierError as error:
+            _log.warning("the sessions on disk could not be listed: %s", error)
+            stored = []
+        took_s = self._clock() - began_s
+        self._look_next_s = self._clock() + max(self._settings.lease_s, _LOOK_EVERY_S, _LOOK_REST * took_s)
+        self._known = _usable(stored)
+        free = {(found.session_id, found.salt): found.saved_s for found in stored if found.owner is None}
+        for name in [name for name in free if self._is_doomed(name)]:
+            self._remove(*name)
+            del free[name]
+        self._untold.extend(name for name, saved_s in free.items() if self._told.get(name) != saved_s)
+        self._told = free
+        return True
+
+    def _is_doomed(self, name: _Name) -> bool:
+        return self._clock() < self._doomed.get(name, 0.0)
 
     def _beat(self) -> None:
         while not self._is_stopping.wait(self._settings.lease_s / 3):
@@ -246,17 +285,17 @@ class Archive:
                 _log.warning("the leases on disk could not be renewed: %s", error)
 
     def _carry_out(self, job: _Job) -> None:
-        image = None
+        image, was_there = None, False
         try:
             if job.act is _Act.FETCH:
-                image = self._load(job.session_id, job.salt)
+                image = None if self._is_doomed((job.session_id, job.salt)) else self._load(job.session_id, job.salt)
             else:
-                self._remove(job.session_id, job.salt)
+                was_there = self._remove(job.session_id, job.salt)
         except Exception as error:
             job.done.set_exception(error)
             raise
         else:
-            job.done.set_result(None)
+            job.done.set_result(was_there)
         finally:
             if job.act is _Act.FETCH:
                 with self._work:
@@ -289,15 +328,19 @@ class Archive:
         return image
 
     def _save(self, session_id: SessionId) -> None:
+        """Raises EngineUnavailable where the engine ends, or has failed."""
         try:
-            snapshot = self._snapshot(session_id)
-            if snapshot is None:
-                return
-            try:
-                self._write(snapshot.image, b"" if self.notes is None else self.notes.of(session_id))
-            except (LeasedElsewhere, LeaseLost):  # as another engine has it; ours is not written
-                self.count(leased_elsewhere=1)
-            snapshot.is_saved()
+            with self._saving:
+                snapshot = self._snapshot(session_id)
+                if snapshot is None:
+                    return
+                try:
+                    self._write(snapshot.image, self._notes_of(session_id))
+                except (LeasedElsewhere, LeaseLost):  # as another engine has it; ours is not written
+                    self.count(leased_elsewhere=1)
+                snapshot.is_saved()
+        except EngineUnavailable:
+            raise
         except DiskFull as error:
             self._postpone("there is no room on disk", error)
             self.count(full=1)
@@ -315,19 +358,42 @@ class Archive:
                 raise
             saved = self._disk.save(image, notes=notes)
         self._known[image.session_id, image.salt] = num_bytes
+        self._doomed.pop((image.session_id, image.salt), None)  # it was begun anew
         self.count(saved_sessions=1, saved_bytes=saved.num_bytes_written)
 
-    def _remove(self, session_id: SessionId, salt: str) -> None:
-        self._known.pop((session_id, salt), None)
+    def _notes_of(self, session_id: SessionId) -> bytes:
         try:
-            self._disk.drop(session_id, salt)
+            return b"" if self.notes is None else self.notes.of(session_id)
+        except Exception:  # whoever wrote them: the KV is worth saving without
+            _log.exception("session %s is saved without notes", session_id)
+            return b""
+
+    def _remove(self, session_id: SessionId, salt: str) -> bool:
+        """Whether something was there, and is gone."""
+        name = (session_id, salt)
+        self._known.pop(name, None)
+        try:
+            was_there = self._disk.drop(session_id, salt)
         except TierError as error:
-            _log.warning("session %s could not be removed from disk: %s", session_id, error)
-            self.count(failed=1)
+            if not isinstance(error, LeasedElsewhere | LeaseLost):
+                _log.warning("session %s could not be removed from disk: %s", session_id, error)
+                self.count(failed=1)
+            self._doomed[name] = self._clock() + _DOOMED_LOOKS * max(self._settings.lease_s, _LOOK_EVERY_S)
+            self._doomed.move_to_end(name)
+            if len(self._doomed) > _DOOMED_MAX:
+                self._doomed.popitem(last=False)
+            return False
+        self._doomed.pop(name, None)
+        return was_there
 
     def _postpone(self, why: str, error: Exception) -> None:
         _log.warning("a session is not saved, %s; next try in %.0f s: %s", why, _BACK_OFF_S, error)
         self._quiet_until_s = self._clock() + _BACK_OFF_S
+
+
+def _usable(stored: Iterable[StoredSession]) -> dict[_Name, int]:
+    """Bytes of KV of the sessions that nobody else holds."""
+    return {(found.session_id, found.salt): found.num_bytes for found in stored if found.owner is None or found.is_ours}
 
 
 def _about_bytes(image: SessionImage, notes: bytes) -> int:

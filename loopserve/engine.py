@@ -26,7 +26,7 @@ from loopserve.admission import Limits, check_request
 from loopserve.config import BLOCK_TOKENS, EngineConfig
 from loopserve.crossover import Place, find_crossover
 from loopserve.dialogue import FinishReason, SessionId, TurnEnded, TurnEvent, TurnId, TurnRequest
-from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, LoopServeError, Overloaded
+from loopserve.errors import ConfigError, EngineUnavailable, InvalidRequest, LoopServeError, NotFound, Overloaded
 from loopserve.handoff import ImportedSession, Porter, kv_format
 from loopserve.keeper import Keeper
 from loopserve.kv.cache import KVCache, Tier
@@ -293,8 +293,10 @@ class Engine:
         with self._work:
             return self._sessions.info(self._sessions.get(session_id))
 
-    def release(self, session_id: SessionId) -> None:
+    def release(self, session_id: SessionId, *, cache_salt: str | None = None) -> None:
         """Cancel the session's turns, forget it, erase its KV and remove it from disk. Thread-safe; waits for the step in flight.
+
+        With its `cache_salt` a session is removed from disk that was never here.
 
         Blocks that another session holds, of the same tenant then, stay. All others are zero when this returns, as is whatever else lay
         unerased in free blocks.
@@ -305,9 +307,9 @@ class Engine:
         with self._work:
             self._check_available()
             salts = self._salts_of(session_id)
-            on_disk = None if self._keeper is None else self._keeper.salt_of(session_id)
-            if on_disk is not None:
-                salts.add(on_disk)
+            is_here = bool(salts)
+            if self._keeper is not None:
+                salts |= {salt for salt in (cache_salt, self._keeper.salt_of(session_id)) if salt is not None}
             if not salts:
                 self._sessions.get(session_id)  # says that it is not there
             self._releases.append((session_id, done))
@@ -318,8 +320,10 @@ class Engine:
         try:
             done.result(timeout=self._config.max_step_s)
             if self._keeper is not None:
-                for salt in salts:
-                    self._keeper.drop(session_id, salt, timeout_s=self._config.max_step_s)
+                limit_s = self._config.max_step_s
+                was_on_disk = [self._keeper.drop(session_id, salt, timeout_s=limit_s) for salt in salts]
+                if not is_here and not any(was_on_disk):
+                    raise NotFound(f"There is no session {session_id!r}.")
         except TimeoutError:
             raise EngineUnavailable(f"No step ended within {self._config.max_step_s:.0f} s.") from None
 

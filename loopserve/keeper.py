@@ -87,9 +87,9 @@ class Keeper:
         """The salt under which a session lies on disk; None where it does not."""
         return self._archive.salt_of(session_id)
 
-    def drop(self, session_id: SessionId, salt: str, *, timeout_s: float) -> None:
-        """Remove a session from disk. The lock is not held. Raises TimeoutError."""
-        self._archive.drop(session_id, salt).result(timeout=timeout_s)
+    def drop(self, session_id: SessionId, salt: str, *, timeout_s: float) -> bool:
+        """Remove a session from disk; whether it was there. The lock is not held. Raises TimeoutError."""
+        return self._archive.drop(session_id, salt).result(timeout=timeout_s)
 
     def fetch_for(self, turns: Sequence[Turn]) -> None:
         """Begin to bring the session of one request's turns, where that is quicker than computing it; they wait. The lock is held."""

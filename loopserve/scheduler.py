@@ -334,6 +334,7 @@ class Scheduler:
         self._running.remove(turn)
         self._left_batch.append(turn.turn_id)
         self._room.leave(turn)
+        turn.is_decoding = False
         if not self._room.park(turn):
             self._cache.free(turn.leased_branch.table)
             turn.leased_branch.sparse_from = None  # what sparse decoding wrote is gone; it is prefilled again

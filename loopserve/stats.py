@@ -42,7 +42,7 @@ class PressureCounts:
 
 @dataclass(frozen=True, slots=True)
 class DiskCounts:
-    """What the disk tier did since the start, and how much of this engine's lies there now."""
+    """What the disk tier did since the start, and how much lies there now that this engine holds, or nobody."""
 
     saved_sessions: int = 0
     saved_bytes: int = 0  # written: blocks that were there already are not

@@ -227,7 +227,7 @@ PRESSURE_STEPS = _counter(
 )
 DISK_SESSIONS = _gauge(
     "loopserve_disk_sessions",
-    "Sessions on disk that this replica knows of; replicas that share a directory know the same ones.",
+    "Sessions on disk that this replica holds, or nobody; the latter are known to all replicas that share a directory.",
     "DiskCounts.num_sessions",
 )
 DISK_BYTES = _gauge("loopserve_disk_bytes", "Their KV; what sessions share counts in each.", "DiskCounts.num_bytes")

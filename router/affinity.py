@@ -3,7 +3,7 @@
 Hop 2 of a turn. Knows nothing about Ray, HTTP or the engine; imports nothing of `loopserve`. The order of preference:
 
     1 address      the caller names the replica (administration, hand-off)
-    2 owner        a replica that publishes the conversation; the newest claim wins
+    2 owner        a replica that publishes the conversation; the newest claim wins, of equal ones the nearest to home
     3 memo         where this router itself sent it a moment ago (published state is about a second old)
     4 home         rendezvous hashing over the live replicas: every router computes the same without talking
       spill        ... unless the home of a NEW conversation is loaded over its peers
@@ -184,10 +184,11 @@ class Owners:
         }
         self._packed = dict(packed)
 
-    def of(self, key: ShortKey) -> ReplicaName | None:
-        """The owner of a conversation, if any. Of two claims the newest use wins, then the greater name."""
+    def of(self, key: ShortKey) -> list[ReplicaName]:
+        """The owners of a conversation: who claims the newest use. Many, where replicas have found the same session on a disk."""
         claims = [(used[key], name) for name, used in self._used.items() if key in used]
-        return max(claims)[1] if claims else None
+        newest = max((used_s for used_s, _ in claims), default=0)
+        return [name for used_s, name in claims if used_s == newest]
 
 
 def _unpacked(packed: bytes) -> dict[int, int]:
@@ -276,8 +277,9 @@ class Affinity:
 
     def _holder(self, key: AffinityKey, usable: Sequence[ReplicaName]) -> tuple[ReplicaName | None, Reason]:
         for resident in key.resident:
-            owner = self._owners.of(short_key(resident))
-            if owner in usable:
+            owners = self._owners.of(short_key(resident))
+            owner = next((name for name in usable if name in owners), None) if owners else None
+            if owner is not None:
                 return owner, Reason.OWNER
         oldest = self._clock() - self._settings.memo_s
         for note in (*key.resident, _first_turn(key)) if key.continues else key.resident:

@@ -70,7 +70,7 @@ class StepEngine:
         """It keeps none. Raises NotFound."""
         raise NotFound(f"There is no session {session_id!r}.")
 
-    def release(self, session_id: SessionId) -> None:
+    def release(self, session_id: SessionId, *, cache_salt: str | None = None) -> None:
         """It keeps none. Raises NotFound."""
         self.session(session_id)
 

@@ -176,8 +176,8 @@ class Holdings:
 
     def adopt(self, key: str, papers: Papers, *, takes_over: bool) -> None:
         """Know a session that the engine has or can bring; it is claimed from now on, where it `takes_over` in place of who held it."""
-        self._chat.adopt(papers.session_id, papers.transcripts)
-        self._conversations.adopt(key, papers.conversation, takes_over=takes_over)
+        if self._conversations.adopt(key, papers.conversation, takes_over=takes_over):
+            self._chat.adopt(papers.session_id, papers.transcripts)
 
     async def erase(self, session_id: SessionId) -> None:
         """Undo an import."""

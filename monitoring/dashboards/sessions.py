@@ -205,7 +205,7 @@ _DISK = Row(
     (
         lines(
             "Sessions on disk",
-            "Of each replica, as far as it knows; replicas that share a directory know the same ones. Empty where there is no disk tier.",
+            "Held by each replica, or by nobody: those are known to all that share a directory. Empty where there is no disk tier.",
             COUNT,
             Query(HERE.now(DISK_SESSIONS, by=("replica",)), "{{replica}}"),
             width=6,

@@ -58,7 +58,7 @@ class FakeEngine:
             raise NotFound(f"no session {session_id}")
         return self.kept[session_id]
 
-    def release(self, session_id: SessionId) -> None:
+    def release(self, session_id: SessionId, *, cache_salt: str | None = None) -> None:
         self.session(session_id)
         del self.kept[session_id]
 

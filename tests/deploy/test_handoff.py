@@ -383,10 +383,10 @@ class SlowEngine(FakeEngine):
         assert self.may.wait(10)
         return super().import_session(data)
 
-    def release(self, session_id: Any) -> None:
+    def release(self, session_id: Any, *, cache_salt: str | None = None) -> None:
         self.began.set()
         assert self.may.wait(10)
-        super().release(session_id)
+        super().release(session_id, cache_salt=cache_salt)
 
 
 def slow(fleet: LocalFleet, name: str) -> SlowEngine:

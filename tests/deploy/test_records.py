@@ -202,6 +202,39 @@ def test_who_finds_a_conversation_on_disk_claims_it_no_more_than_who_had_it():
     assert newer is not None and found.claims(9)[0][1] == newer.last_used_s and found.name_of("later") == "name"
 
 
+@pytest.mark.parametrize("takes_over", [True, False])
+@pytest.mark.parametrize("num_newer", [1, 4, 8])
+def test_what_was_said_elsewhere_since_is_newer_than_an_old_copy_here(num_newer: int, takes_over: bool):
+    elsewhere, here = (Conversations(limit=10, clock=Clock()) for _ in range(2))
+    elsewhere.use("s", "name", home="old home")
+    for number in range(8):
+        elsewhere.learn("s", f"c{number}")
+    copy = elsewhere.export("s")
+    assert copy is not None
+    here.adopt("s", copy, takes_over=False)
+    for number in range(8, 8 + num_newer):
+        elsewhere.use("s", "name", home="new home")
+        elsewhere.learn("s", f"c{number}")
+    newer = elsewhere.export("s")
+    assert newer is not None
+    here.adopt("s", newer, takes_over=takes_over)
+    found = here.export("s")
+    assert found is not None and (found.keys, found.home) == (newer.keys, "new home")
+    assert [here.name_of(f"c{number}") for number in range(8 + num_newer)] == [None] * num_newer + ["name"] * 8
+
+
+def test_what_lies_on_disk_takes_nobodys_place():
+    table, elsewhere = Conversations(limit=2, clock=Clock()), Conversations(limit=9, clock=Clock())
+    for key in ("x", "y"):
+        elsewhere.use(key, key)
+    table.use("a", "a")
+    records = [elsewhere.export(key) for key in ("x", "y")]
+    held = [table.adopt(r.name, r, takes_over=False) for r in records if r is not None]
+    assert held == [True, False] and [table.holds(key) for key in "axy"] == [True, True, False]
+    table.use("b", "b")
+    assert [table.holds(key) for key in "abx"] == [True, True, False]
+
+
 def test_a_record_is_another_one_once_a_turn_was_accepted_or_has_ended():
     table = Conversations(limit=10, clock=Clock())
     table.use("s", "name", home="h")

@@ -9,9 +9,10 @@ import pytest
 from fake_device import Inbox
 from test_tiers import DECODE, random_ids
 
+from loopserve import archive
 from loopserve.config import DiskSettings
 from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnEnded, TurnRequest
-from loopserve.errors import ConfigError
+from loopserve.errors import ConfigError, NotFound
 from loopserve.kv.disk import DiskFull, DiskTier
 
 PROMPT = random_ids(120, 1)
@@ -144,7 +145,8 @@ def test_notes_beside_sessions_are_told_to_who_comes_after_and_to_nobody_while_t
         client.wait_until_saved(2)
         with running(engine, notes=(beside := Notes()), disk=settings(tmp_path)) as other:
             other.answer(PROMPT, session="c")
-            other.wait_until_saved(3)  # so it has looked
+            looked = other.engine._keeper._archive
+            other.wait_for(lambda _: looked._look_next_s > time.monotonic(), "it never looks")
             assert beside.seen == {}
     with running(engine, notes=(after := Notes()), disk=settings(tmp_path)) as client:
         client.wait_for(lambda _: len(after.seen) == 2, "nothing is told")
@@ -253,6 +255,45 @@ def test_a_released_session_is_gone_from_disk_too(engine, tmp_path):
     with running(engine, disk=settings(tmp_path)) as client:
         assert client.engine.memory().disk.num_sessions == 0
         assert client.answer(PROMPT).usage.cached_tokens == 0
+
+
+def test_a_session_that_was_never_here_is_removed_from_disk_by_its_salt(engine, tmp_path):
+    with running(engine, disk=settings(tmp_path)) as other:
+        with running(engine, disk=settings(tmp_path)) as client:
+            client.answer(PROMPT)
+            client.wait_until_saved()
+        other.engine.release(SessionId("a"), cache_salt="")
+        with pytest.raises(NotFound):
+            other.engine.release(SessionId("a"), cache_salt="")
+    with running(engine, disk=settings(tmp_path)) as client:
+        assert client.answer(PROMPT).usage.cached_tokens == 0
+
+
+def test_what_was_deleted_while_a_dead_engine_had_it_does_not_come_back(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "_LOOK_EVERY_S", 0.1)
+    disk = settings(tmp_path, shared=True, lease_s=1.0)
+    with running(engine, notes=Notes(about=b"x"), disk=disk) as dead:
+        dead.answer(PROMPT)
+        dead.wait_until_saved()
+        dead.engine._keeper._archive._is_stopping.set()  # it beats no more, and says nothing
+        with running(engine, notes=(notes := Notes()), disk=disk) as heir:
+            with pytest.raises(NotFound):
+                heir.engine.release(
+                    SessionId("a"), cache_salt=""
+                )  # the dead one is asked, too, as far as anybody knows
+            assert heir.answer(PROMPT, session="a").usage.cached_tokens == 0
+            heir.engine.release(SessionId("a"), cache_salt="")
+            assert any(tmp_path.rglob("sessions/*/*.json"))
+            heir.wait_for(lambda _: not any(tmp_path.rglob("sessions/*/*.json")), "it is never removed")
+            assert notes.seen == {}
+
+
+def test_idle_sessions_are_saved_one_after_the_other_without_a_pause(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "_POLL_S", WAIT_S / 4)
+    with running(engine, disk=settings(tmp_path)) as client:
+        for number in range(6):
+            client.answer(random_ids(40, number), session=str(number))
+        client.wait_until_saved(6)
 
 
 def test_a_directory_that_cannot_be_used_is_a_clear_error_at_the_start(engine, tmp_path):

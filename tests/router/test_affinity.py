@@ -46,11 +46,11 @@ def claims(**held: dict[str, float]) -> dict[ReplicaName, bytes]:
     return {ReplicaName(name): pack_claims(list(keys.items()), limit=100) for name, keys in held.items()}
 
 
-def owners(packed: dict[ReplicaName, bytes]) -> dict[ShortKey, ReplicaName | None]:
-    """Who is found to own the keys that the tests use."""
+def owners(packed: dict[ReplicaName, bytes]) -> dict[ShortKey, ReplicaName]:
+    """Who is found to own the keys that the tests use; each has one owner at most."""
     found = Owners()
     found.publish(packed)
-    return {key: found.of(key) for key in map(short_key, ("k", "old", "mid", "new")) if found.of(key)}
+    return {key: name for key in map(short_key, ("k", "old", "mid", "new")) for name in found.of(key)}
 
 
 NEW = [AffinityKey(home=f"home-{i}") for i in range(2000)]
@@ -268,8 +268,20 @@ def test_owners_are_those_of_the_newest_claims_whatever_was_known_before(
     for claimed in (before, held):
         found.publish({ReplicaName(name): pack_claims([*claims_of], limit=9) for name, claims_of in claimed.items()})
     for key in "klmn":
-        newest = max(((used, name) for name, own in held.items() for k, used in own if k == key), default=None)
-        assert found.of(short_key(key)) == (None if newest is None else newest[1])
+        claimed = [(used, name) for name, own in held.items() for k, used in own if k == key]
+        newest = max(claimed, default=(0, ""))[0]
+        assert sorted(found.of(short_key(key))) == sorted({name for used, name in claimed if used == newest})
+
+
+def test_of_equal_claims_the_one_nearest_to_the_conversations_home_counts_so_that_many_spread():
+    first, names = router(), ("a", "b", "c")
+    first.publish(claims(**{name: {f"k{n}": 5.0 for n in range(90)} for name in names}))
+    keys = [AffinityKey(home=f"home-{n}", resident=(f"k{n}",), continues=True) for n in range(90)]
+    rankings = [first.rank(key, views(*names)) for key in keys]
+    assert [ranking.replicas[0] for ranking in rankings] == [rendezvous(key.home, list(names))[0] for key in keys]
+    assert {ranking.reason for ranking in rankings} == {Reason.OWNER}
+    assert len({ranking.replicas[0] for ranking in rankings}) == 3
+    assert first.rank(keys[0], views(rankings[0].replicas[1], rankings[0].replicas[2])).reason is Reason.OWNER
 
 
 @given(st.lists(st.sampled_from("abcdef"), unique=True, min_size=1), st.data())
