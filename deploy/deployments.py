@@ -32,6 +32,7 @@ from monitoring.exposition import Families
 from monitoring.tracing import TurnTracer, open_tracing
 from router.decisions import Decisions
 
+_CLOSE_S = 5.0  # of an engine, its last saves left aside
 START_FAILED = "loopserve start failed"  # deploy.local finds the reason behind this in Serve's status message
 
 
@@ -67,6 +68,7 @@ class EngineReplica:
         backend.engine.start()
         self._metrics.start()
         self._ask_timeout_s = settings.ask_timeout_s
+        self._close_s = _CLOSE_S + (config.disk.flush_s if config.disk.directory else 0.0)
         loop = asyncio.get_running_loop()
         self._chores = [loop.create_task(self._metrics.refresh_ray(backend.engine))]
         if settings.handoff.rebalance_period_s > 0:
@@ -143,7 +145,7 @@ class EngineReplica:
             ):  # Serve may not let a replica speak any more; its sessions are computed again then
                 await replica.drain(self._peers())
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.to_thread(replica.close), timeout=5.0)
+                await asyncio.wait_for(asyncio.to_thread(replica.close), timeout=self._close_s)
             if self._tracing is not None:
                 await asyncio.to_thread(self._tracing.close)
 
