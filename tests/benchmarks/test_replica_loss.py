@@ -5,21 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.cluster.dialogue_load import Turn
-from benchmarks.cluster.replica_loss import (
-    CASES,
-    UNDISTURBED,
-    Case,
-    Outcome,
-    Plan,
-    Talk,
-    Tally,
-    case_table,
-    check_table,
-    checks,
-    is_control,
-    parse_arguments,
-    plans,
-)
+from benchmarks.cluster.replica_loss import CASES, UNDISTURBED, case_table, check_table, parse_arguments, plans
+from benchmarks.cluster.replica_loss_verdict import Case, Outcome, Plan, Talk, Tally, checks, is_control
 from loopserve.evaluation.items import Turn as Said
 
 NUM = 40
