@@ -271,12 +271,12 @@ def test_a_session_that_was_never_here_is_removed_from_disk_by_its_salt(engine, 
 
 def test_what_was_deleted_while_a_dead_engine_had_it_does_not_come_back(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "_LOOK_EVERY_S", 0.1)
-    disk = settings(tmp_path, shared=True, lease_s=1.0)
+    disk = settings(tmp_path, shared=True, lease_s=2.0)
     with running(engine, notes=Notes(about=b"x"), disk=disk) as dead:
         dead.answer(PROMPT)
         dead.wait_until_saved()
-        dead.engine._keeper._archive._is_stopping.set()  # it beats no more, and says nothing
         with running(engine, notes=(notes := Notes()), disk=disk) as heir:
+            dead.engine._keeper._archive._is_stopping.set()  # it beats no more, and says nothing
             with pytest.raises(NotFound):
                 heir.engine.release(
                     SessionId("a"), cache_salt=""
