@@ -277,13 +277,11 @@ def test_what_was_deleted_while_a_dead_engine_had_it_does_not_come_back(engine, 
         dead.wait_until_saved()
         with running(engine, notes=(notes := Notes()), disk=disk) as heir:
             dead.engine._keeper._archive._is_stopping.set()  # it beats no more, and says nothing
-            with pytest.raises(NotFound):
-                heir.engine.release(
-                    SessionId("a"), cache_salt=""
-                )  # the dead one is asked, too, as far as anybody knows
+            with pytest.raises(NotFound):  # as far as anybody knows the dead one is told, too
+                heir.engine.release(SessionId("a"), cache_salt="")
+            assert any(tmp_path.rglob("sessions/*/*.json"))
             assert heir.answer(PROMPT, session="a").usage.cached_tokens == 0
             heir.engine.release(SessionId("a"), cache_salt="")
-            assert any(tmp_path.rglob("sessions/*/*.json"))
             heir.wait_for(lambda _: not any(tmp_path.rglob("sessions/*/*.json")), "it is never removed")
             assert notes.seen == {}
 
