@@ -102,6 +102,7 @@ class MemoryRecorder:
         self._lock = threading.Lock()
         self._counted: Counter[tuple[Metric, str]] = Counter()  # the engine counts since its start, as the sink does
         self._count_pressure(PressureCounts())
+        self._count_disk(DiskCounts())
 
     def record(self, memory: MemoryStats) -> None:
         """All numbers of one moment."""
@@ -111,14 +112,14 @@ class MemoryRecorder:
         _record_budgets(self._sink, memory)
         self._count_pressure(memory.pressure)
         if memory.disk is not None:
-            self._record_disk(memory.disk)
+            self._sink.set(c.DISK_SESSIONS, memory.disk.num_sessions)
+            self._sink.set(c.DISK_BYTES, memory.disk.num_bytes)
+            self._count_disk(memory.disk)
 
     def _count_pressure(self, pressure: PressureCounts) -> None:
         self._count(c.PRESSURE_STEPS, {step: getattr(pressure, name) for step, name in _STEPS.items()})
 
-    def _record_disk(self, disk: DiskCounts) -> None:
-        self._sink.set(c.DISK_SESSIONS, disk.num_sessions)
-        self._sink.set(c.DISK_BYTES, disk.num_bytes)
+    def _count_disk(self, disk: DiskCounts) -> None:
         refused = sum(count for _, count in disk.refused)
         outcomes = {outcome: getattr(disk, name) for outcome, name in _DISK_OUTCOMES.items()}
         self._count(c.DISK_OUTCOMES, outcomes | {"refused": refused})

@@ -170,11 +170,13 @@ def test_pressure_steps_are_there_from_the_start_and_counted_by_what_was_added_s
         assert steps(log) == dict(zip(names, totals, strict=True))
 
 
-def test_the_disk_is_counted_where_there_is_one():
+def test_the_disk_is_counted_where_there_is_one_and_its_counters_are_there_from_the_start():
     log = Log()
     recorder = MemoryRecorder(log)
     recorder.record(memory())
-    assert not [key for key in (*log.gauges, *log.counts) if "disk" in key[0]]
+    assert not [key for key in log.gauges if "disk" in key[0]]
+    zeros = {key: count for key, count in log.counts.items() if "disk" in key[0]}
+    assert len(zeros) == 10 and not any(zeros.values())
     disk = DiskCounts(saved_sessions=3, saved_bytes=300, loaded_sessions=1, loaded_bytes=90, late=2, num_sessions=2)
     for told in (disk, disk.with_refused("corrupt").with_refused("version").plus(full=1)):
         recorder.record(memory(disk=told))
