@@ -82,10 +82,11 @@ class Conversations:
         known = self._by_session.get(session_key)
         if known is None and not takes_over and len(self) >= self._limit:
             return False
+        # What a newer session here goes by stays that one's.
         own = (pair for pair in record.continuations if self._by_continuation.get(pair[0], session_key) == session_key)
         used_s = record.last_used_s + (_NEWER_BY_S if takes_over else 0.0)
-        theirs = replace(record, last_used_s=used_s, continuations=tuple(own))  # else a newer session's here
-        older, newer = (theirs, known or theirs)
+        theirs = replace(record, last_used_s=used_s, continuations=tuple(own))
+        older, newer = theirs, known or theirs
         if known is not None and known.last_used_s < theirs.last_used_s:
             older, newer = known, theirs
         self._put(session_key, replace(newer, continuations=_joined(older.continuations, newer.continuations)))
@@ -101,9 +102,8 @@ class Conversations:
         if conversation is None:
             return
         previous = self._by_continuation.get(continuation)
-        if (
-            previous is not None and previous != session_key
-        ):  # two users said and heard the same: the newest session goes on
+        if previous is not None and previous != session_key:
+            # Two users said and heard the same: the newest session goes on.
             other = self._by_session[previous]
             kept = tuple(pair for pair in other.continuations if pair[0] != continuation)
             self._put(previous, replace(other, continuations=kept))

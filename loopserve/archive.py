@@ -105,9 +105,8 @@ class Archive:
         self._look_next_s = clock()
         self._untold: deque[_Name] = deque()
         self._told: dict[_Name, float] = {}  # or about to be: when it had been saved
-        self._doomed: OrderedDict[_Name, float] = (
-            OrderedDict()
-        )  # deleted, but somebody else's; until when that is remembered
+        # Deleted, but somebody else's; until when that is remembered.
+        self._doomed: OrderedDict[_Name, float] = OrderedDict()
         self._saving = threading.Lock()
 
     def start(self) -> None:
@@ -260,11 +259,12 @@ class Archive:
             return False
         try:
             stored = sorted(self._disk.sessions(), key=lambda found: found.saved_s, reverse=True)
-        except TierError as error:
+        except TierError as error:  # what was known is still the best guess
             _log.warning("the sessions on disk could not be listed: %s", error)
-            stored = []
-        took_s = self._clock() - began_s
-        self._look_next_s = self._clock() + max(self._settings.lease_s, _LOOK_EVERY_S, _LOOK_REST * took_s)
+            return True
+        finally:
+            ended_s = self._clock()
+            self._look_next_s = ended_s + max(self._look_every_s, _LOOK_REST * (ended_s - began_s))
         self._known = _usable(stored)
         free = {(found.session_id, found.salt): found.saved_s for found in stored if found.owner is None}
         for name in [name for name in free if self._is_doomed(name)]:
@@ -273,6 +273,10 @@ class Archive:
         self._untold.extend(name for name, saved_s in free.items() if self._told.get(name) != saved_s)
         self._told = free
         return True
+
+    @property
+    def _look_every_s(self) -> float:
+        return max(self._settings.lease_s, _LOOK_EVERY_S)
 
     def _is_doomed(self, name: _Name) -> bool:
         return self._clock() < self._doomed.get(name, 0.0)
@@ -378,7 +382,7 @@ class Archive:
             if not isinstance(error, LeasedElsewhere | LeaseLost):
                 _log.warning("session %s could not be removed from disk: %s", session_id, error)
                 self.count(failed=1)
-            self._doomed[name] = self._clock() + _DOOMED_LOOKS * max(self._settings.lease_s, _LOOK_EVERY_S)
+            self._doomed[name] = self._clock() + _DOOMED_LOOKS * self._look_every_s
             self._doomed.move_to_end(name)
             if len(self._doomed) > _DOOMED_MAX:
                 self._doomed.popitem(last=False)

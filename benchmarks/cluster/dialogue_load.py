@@ -168,21 +168,26 @@ async def _hold(
             for _ in range(load.num_turns if load.pace is Pace.DIALOGUES else 1):
                 messages.append({"role": "user", "content": dialogue.user_texts[len(turns)]})
                 said = SaidBy(dialogue.name, dialogue.session_id, len(turns) + 1)
-                turns.append(await answered(http, _body(model, messages, load), said))
+                turns.append(
+                    await answered(
+                        http, body_of(model, messages, answer_tokens=load.answer_tokens, mode=load.mode), said
+                    )
+                )
                 messages.append({"role": "assistant", "content": turns[-1].answer})
                 on_turn(turns[-1])
     return turns
 
 
-def _body(model: str, messages: Sequence[dict[str, str]], load: Load) -> dict[str, Any]:
+def body_of(model: str, messages: Sequence[dict[str, str]], *, answer_tokens: int, mode: str) -> dict[str, Any]:
+    """The request of one turn, greedy and streamed; an empty `mode` asks for none."""
     return {
         "model": model,
         "messages": messages,
-        "max_tokens": load.answer_tokens,
+        "max_tokens": answer_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        **({"loopserve": {"mode": load.mode}} if load.mode else {}),
+        **({"loopserve": {"mode": mode}} if mode else {}),
     }
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import httpx
 
 from benchmarks.cluster.affinity import token_counter
-from benchmarks.cluster.dialogue_load import CONNECT_S_MAX, SaidBy, TurnFailed, answered
+from benchmarks.cluster.dialogue_load import CONNECT_S_MAX, SaidBy, TurnFailed, answered, body_of
 from benchmarks.cluster.replica_loss_verdict import (
     TRIES,
     TURNS_BEFORE,
@@ -108,15 +108,7 @@ class Client:
     async def _turn(self, http: httpx.AsyncClient, talk: Talk, gate: asyncio.Semaphore) -> None:
         number = len(talk.turns)
         talk.messages.append({"role": "user", "content": talk.plan.texts[number]})
-        body = {
-            "model": self._model,
-            "messages": talk.messages,
-            "max_tokens": self._args.answer_tokens,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "loopserve": {"mode": "exact"},
-        }
+        body = body_of(self._model, talk.messages, answer_tokens=self._args.answer_tokens, mode="exact")
         said = SaidBy(talk.plan.name, talk.plan.session_id, number + 1)
         async with gate:
             for number_of_try in range(TRIES):

@@ -13,7 +13,7 @@ from loopserve import archive
 from loopserve.config import DiskSettings
 from loopserve.dialogue import Mode, QualityContract, SamplingParams, SessionId, TurnEnded, TurnRequest
 from loopserve.errors import ConfigError, NotFound
-from loopserve.kv.disk import DiskFull, DiskTier
+from loopserve.kv.disk import DiskFailed, DiskFull, DiskTier
 
 PROMPT = random_ids(120, 1)
 WAIT_S = 20.0
@@ -255,6 +255,25 @@ def test_a_released_session_is_gone_from_disk_too(engine, tmp_path):
     with running(engine, disk=settings(tmp_path)) as client:
         assert client.engine.memory().disk.num_sessions == 0
         assert client.answer(PROMPT).usage.cached_tokens == 0
+
+
+def test_a_directory_that_cannot_be_listed_for_a_moment_is_not_taken_for_an_empty_one(
+    engine, tmp_path, expected, monkeypatch
+):
+    with running(engine, disk=settings(tmp_path)) as client:
+        client.answer(PROMPT)
+        client.wait_until_saved()
+    with running(engine, disk=settings(tmp_path, save_after_s=60.0)) as client:
+        disk = client.engine._keeper._archive
+        client.wait_for(lambda _: disk._look_next_s > time.monotonic(), "it never looks")
+
+        def unlisted(*_):
+            raise DiskFailed("not now")
+
+        monkeypatch.setattr(DiskTier, "sessions", unlisted)
+        disk._look_next_s = 0.0
+        client.wait_for(lambda _: disk._look_next_s > time.monotonic(), "it never looks again")
+        assert client.answer(second_turn(expected)).usage.cached_tokens == 120
 
 
 def test_a_session_that_was_never_here_is_removed_from_disk_by_its_salt(engine, tmp_path):
